@@ -1,0 +1,1 @@
+"""What a person or a scheduler starts: the `catalog-embed` command and the configuration behind it."""

@@ -1,0 +1,63 @@
+"""Errors, grouped by what the handler will do; each class owns its exit code.
+
+CatalogEmbedError          1   something failed; the message says what to do
+├── InputError             2   fix the configuration, the command line or the catalog's layout
+├── SourceError            1   the catalog could not be read: check the address, the rights, the network
+│   └── SourceMoved        1   the catalog changed since it was pinned: plan again
+├── StoreError             1   the store failed: retry, or see `doctor`
+│   ├── NotFound           1   the object is not there
+│   ├── AlreadyExists     11   put-if-absent lost: another run was first
+│   └── CorruptObject      1   bytes differ from the manifest: roll back
+├── ManifestError          1   the manifest is unreadable or was written by a newer version
+└── PlanError              1   the plan could not be made, or does not fit its base: plan again
+
+Guards are not errors: a plan carries them as data, and `pipelines.plan` gives their exit codes (12, 13).
+"""
+
+from __future__ import annotations
+
+
+class CatalogEmbedError(Exception):
+    """Base of everything that this package raises on purpose. The message is for a person."""
+
+    exit_code = 1
+
+
+class InputError(CatalogEmbedError, ValueError):
+    """The caller's mistake: configuration, argument or catalog layout."""
+
+    exit_code = 2
+
+
+class SourceError(CatalogEmbedError):
+    """The catalog could not be read."""
+
+
+class SourceMoved(SourceError):
+    """The catalog is no longer what was pinned."""
+
+
+class StoreError(CatalogEmbedError):
+    """The store failed or breaks a promise that the publish protocol needs."""
+
+
+class NotFound(StoreError):
+    """No object under this key."""
+
+
+class AlreadyExists(StoreError):
+    """Put-if-absent found an object: another writer was first."""
+
+    exit_code = 11
+
+
+class CorruptObject(StoreError):
+    """The bytes are not those that were written."""
+
+
+class ManifestError(CatalogEmbedError):
+    """A manifest cannot be read, or contradicts itself."""
+
+
+class PlanError(CatalogEmbedError):
+    """A plan cannot be made or no longer fits."""

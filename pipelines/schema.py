@@ -1,0 +1,98 @@
+"""The product, as the pipeline knows it after normalising: the only place where its columns are named and typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from pipelines.errors import InputError
+
+ID = "id"
+LOCALE = "locale"
+ATTRIBUTES = "attributes"
+UPDATED_AT = "updated_at"
+DELETED = "deleted"
+
+# What `diff` reads and writes. Hashes travel as 16 fixed bytes, so that memory follows rows and not id lengths.
+ID_HASH = "id_hash"
+TEXT_HASH = "text_hash"
+ATTR_HASH = "attr_hash"
+STATE = "state"
+TOKENS = "tokens"
+ACTION = "action"
+
+# Rejected rows.
+SHARD = "shard"
+ROW = "row"
+STAGE = "stage"
+REASON = "reason"
+FIELD = "field"
+EXCERPT = "excerpt"
+
+HASH = pa.binary(16)
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+ATTRIBUTE_MAP = pa.map_(pa.string(), pa.string())
+
+# Filter column types that a configuration may name. Money and measures are float64: exact comparison is by bits.
+FILTER_TYPES: Mapping[str, pa.DataType] = {
+    "string": pa.string(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "bool": pa.bool_(),
+    "timestamp": TIMESTAMP,
+}
+
+RESERVED = frozenset({ID, LOCALE, ATTRIBUTES, UPDATED_AT, DELETED, ID_HASH, TEXT_HASH, ATTR_HASH, STATE, TOKENS, ACTION})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductSchema:
+    """Which text fields and typed filter columns a normalised product has. A name may be both (brand often is)."""
+
+    text: tuple[str, ...]
+    filters: Mapping[str, str] = field(default_factory=dict)
+    attributes: bool = True
+
+    def __post_init__(self) -> None:
+        for name in (*self.text, *self.filters):
+            if name in RESERVED:
+                raise InputError(f"`{name}` is a reserved column and cannot be a text field or a filter. Rename it in `source.columns`.")
+        for name, kind in self.filters.items():
+            if kind not in FILTER_TYPES:
+                raise InputError(f"filter `{name}` has unknown type `{kind}`. Use one of: {', '.join(FILTER_TYPES)}.")
+            if name in self.text and kind != "string":
+                raise InputError(f"`{name}` is used in the template, so its filter type must be `string`, not `{kind}`.")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Every configurable column once: text fields in template order, then the other filters."""
+        return (*self.text, *(name for name in self.filters if name not in self.text))
+
+    def type_of(self, name: str) -> pa.DataType:
+        """Return the Arrow type of a text field or filter column."""
+        return pa.string() if name in self.text else FILTER_TYPES[self.filters[name]]
+
+    @property
+    def arrow(self) -> pa.Schema:
+        """The normalised table, column by column, in its fixed order."""
+        columns = [pa.field(ID, pa.string(), nullable=False), pa.field(LOCALE, pa.string(), nullable=False)]
+        columns += [pa.field(name, self.type_of(name)) for name in self.fields]
+        if self.attributes:
+            columns.append(pa.field(ATTRIBUTES, ATTRIBUTE_MAP))
+        columns += [pa.field(UPDATED_AT, TIMESTAMP), pa.field(DELETED, pa.bool_(), nullable=False)]
+        return pa.schema(columns)
+
+
+QUARANTINE = pa.schema(
+    [
+        pa.field(SHARD, pa.string(), nullable=False),
+        pa.field(ROW, pa.int64(), nullable=False),
+        pa.field(ID, pa.string()),
+        pa.field(STAGE, pa.string(), nullable=False),
+        pa.field(REASON, pa.string(), nullable=False),
+        pa.field(FIELD, pa.string(), nullable=False),
+        pa.field(EXCERPT, pa.binary(), nullable=False),
+    ]
+)
