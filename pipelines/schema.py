@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ ID_HASH = "id_hash"
 TEXT_HASH = "text_hash"
 ATTR_HASH = "attr_hash"
 STATE = "state"
-TOKENS = "tokens"
+TEXT_BYTES = "text_bytes"
 ACTION = "action"
 
 # Rejected rows.
@@ -44,7 +45,28 @@ FILTER_TYPES: Mapping[str, pa.DataType] = {
     "timestamp": TIMESTAMP,
 }
 
-RESERVED = frozenset({ID, LOCALE, ATTRIBUTES, UPDATED_AT, DELETED, ID_HASH, TEXT_HASH, ATTR_HASH, STATE, TOKENS, ACTION})
+RESERVED = frozenset({ID, LOCALE, ATTRIBUTES, UPDATED_AT, DELETED, ID_HASH, TEXT_HASH, ATTR_HASH, STATE, TEXT_BYTES, ACTION})
+
+
+# What a row asks for: keep the product, remove it, or neither can be trusted.
+LIVE, TOMBSTONE, REJECTED = 0, 1, 2
+
+# What becomes of a product. `text` includes a change of attributes in the same night.
+ADD, TEXT, ATTR, DELETE = "add", "text", "attr", "delete"
+ACTIONS = (ADD, TEXT, ATTR, DELETE)
+
+# The published state, and the catalog as scanned: the two sides of the diff.
+PUBLISHED = pa.schema([(ID_HASH, HASH), (TEXT_HASH, HASH), (ATTR_HASH, HASH), (ID, pa.string())])
+SCANNED = pa.schema(
+    [
+        *PUBLISHED,
+        (STATE, pa.int8()),
+        (UPDATED_AT, TIMESTAMP),
+        (TEXT_BYTES, pa.int32()),
+        (SHARD, pa.string()),
+        (ROW, pa.int64()),
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +105,11 @@ class ProductSchema:
             columns.append(pa.field(ATTRIBUTES, ATTRIBUTE_MAP))
         columns += [pa.field(UPDATED_AT, TIMESTAMP), pa.field(DELETED, pa.bool_(), nullable=False)]
         return pa.schema(columns)
+
+    @property
+    def digest(self) -> str:
+        """Hash of every column's name and type, in order."""
+        return hashlib.sha256("\n".join(f"{column.name}:{column.type}" for column in self.arrow).encode()).hexdigest()
 
 
 QUARANTINE = pa.schema(

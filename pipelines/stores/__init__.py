@@ -1,0 +1,1 @@
+"""Where a generation lives: one module an engine."""
