@@ -1,0 +1,52 @@
+"""Which Ray does the work, always by an explicit address: without one Ray joins whatever cluster it finds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipelines.errors import InputError
+
+# Shared memory for blocks in flight. Ray's default is a third of the machine.
+_LOCAL_OBJECT_STORE_BYTES = 512 << 20
+
+
+@contextmanager
+def connected(address: str, *, verbose: bool = False) -> Iterator[None]:
+    """Use the cluster at `address` (`local`, `auto`, `host:port`, `ray://host:port`) until the block ends.
+
+    `local` starts a private cluster and ends it; a cluster found running, or already connected to, is left alone.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    import ray  # noqa: PLC0415  half a second that `--help` need not pay
+
+    if ray.is_initialized():
+        yield
+        return
+    quiet = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
+    local = {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES} if address == "local" else {}
+    try:
+        ray.init(address=address, **quiet, **local)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot reach Ray at `{address}`: {error}. Use `--ray-address local`, or start the cluster first.") from error
+    try:
+        _quieten(verbose=verbose)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quieten(*, verbose: bool) -> None:
+    """Keep Ray Data's own reports off the screen unless they were asked for."""
+    import logging  # noqa: PLC0415  with ray
+
+    import ray.data  # noqa: PLC0415  a second that `--help` need not pay
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = verbose
+    context.print_on_execution_start = verbose
+    if not verbose:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -1,0 +1,87 @@
+"""`doctor`: is everything there that a run needs? Every check reports, whether it passed or not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jobs.settings import Settings
+from pipelines.contracts import Window
+from pipelines.errors import CatalogEmbedError
+from pipelines.publish import current
+from pipelines.sources import open_source
+from pipelines.storage import Store
+
+PACKAGES = ("ray", "pyarrow", "duckdb", "pylance", "obstore", "numpy", "click")
+
+_FREE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that a run needs, and what was found."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+def examine(settings: Settings) -> Iterator[Check]:
+    """Look at the machine, the configuration, the source and the store; write nothing but a probe that is removed."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    yield Check(name="packages", passed=True, found=f"python {platform.python_version()}, {versions}")
+    yield _run("template", lambda: f"reads {', '.join(settings.template.text_fields)}; digest {settings.template.digest[:12]}")
+    yield _run("time zone", lambda: f"{settings.project.timezone}, now {datetime.now(tz=settings.zone):%Y-%m-%d %H:%M%z}")
+    yield _run("source", lambda: _look_at_source(settings))
+    yield _run("store", lambda: _look_at_store(settings))
+    yield _disk(settings)
+    yield _memory(settings)
+
+
+def _run(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name=name, passed=True, found=look())
+    except CatalogEmbedError as error:
+        return Check(name=name, passed=False, found=str(error))
+
+
+def _look_at_source(settings: Settings) -> str:
+    """Pin the source, and read the first batch so that a wrong mapping shows here and not at night."""
+    source = open_source(settings.source, columns=settings.columns, fields=settings.schema.fields)
+    pin = source.snapshot()
+    shards = source.read(Window(since=None, until=datetime.now(tz=UTC)))
+    first = next((batch for shard in shards[:1] for batch in shard.open()), None)
+    columns = ", ".join(first.schema.names) if first is not None else "no rows"
+    return f"{pin.kind} {pin.address}: {len(pin.objects)} objects, {pin.bytes:,} bytes, {len(shards)} shards; reads {columns}"
+
+
+def _look_at_store(settings: Settings) -> str:
+    """Prove that the store keeps the promise that publishing rests on."""
+    store = Store.open(settings.store.root, options=settings.store.options)
+    store.probe()
+    entry = current(store, settings.publish.alias)
+    live = f"alias {settings.publish.alias} names {entry.generation}" if entry else f"alias {settings.publish.alias} names nothing yet"
+    return f"{settings.store.root} keeps put-if-absent; {live}"
+
+
+def _disk(settings: Settings) -> Check:
+    """A local store and the spill of a diff need room."""
+    place = Path(settings.store.root) if "://" not in settings.store.root else Path.cwd()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    return Check(
+        name="disk", passed=free > _FREE_BYTES, found=f"{free / 1e9:.1f} GB free at {place}; a run wants {_FREE_BYTES / 1e9:.1f} GB"
+    )
+
+
+def _memory(settings: Settings) -> Check:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    wanted = settings.plan.memory_mb << 20
+    return Check(name="memory", passed=total > 2 * wanted, found=f"{total / 1e9:.1f} GB; the diff may use {wanted / 1e9:.1f} GB")

@@ -1,0 +1,85 @@
+"""The nightly run. So far its first half: resolve the window, open the published base, plan."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jobs.cluster import connected
+from jobs.logs import event
+from jobs.settings import Settings
+from pipelines.contracts import Window
+from pipelines.generation import Base, Planned, PlanRequest, make_plan
+from pipelines.plan import Deletes
+from pipelines.publish import current, open_manifest
+from pipelines.sources import open_source
+from pipelines.storage import Store
+from pipelines.window import resolve
+
+# A partition of this size is joined in about a second and 1 GB; past it, partitions go to the cluster's workers.
+_PARTITION_ROWS = 20_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Night:
+    """What one run is asked to do, beyond the project's settings."""
+
+    since: str = "last"
+    now: datetime | None = None
+    deletes: Deletes | None = None
+    verbose: bool = False
+
+
+def open_base(settings: Settings) -> Base | None:
+    """Open the generation that the alias names, or None where nothing is published yet."""
+    if "://" not in settings.store.root and not Path(settings.store.root).exists():
+        return None
+    store = Store.open(settings.store.root, options=settings.store.options)
+    entry = current(store, settings.publish.alias)
+    if entry is None:
+        return None
+    manifest = open_manifest(store, entry)
+    return Base(
+        generation=manifest.generation,
+        live=manifest.counts["live"],
+        watermark=manifest.window.until,
+        table_uri=store.url(manifest.table.path),
+        table_version=manifest.table.version,
+        options=settings.store.options,
+    )
+
+
+@contextmanager
+def planned(settings: Settings, night: Night) -> Iterator[Planned]:
+    """Plan a night. The plan's files live until the block ends; nothing is written to the store."""
+    now = night.now or datetime.now(tz=UTC)
+    base = open_base(settings)
+    window = resolve(night.since, now=now, tz=settings.zone, lookback=settings.plan.lookback, watermark=base.watermark if base else None)
+    source = open_source(settings.source, columns=settings.columns, fields=settings.schema.fields)
+    request = PlanRequest(
+        alias=settings.publish.alias,
+        window=window,
+        zone=settings.project.timezone,
+        lookback=settings.plan.lookback,
+        template=settings.template,
+        normalizing=settings.normalizing(window),
+        limits=settings.limits,
+        deletes=night.deletes or settings.plan.deletes,
+        diff=settings.diff,
+        partitions=settings.plan.partitions or _partitions(base),
+    )
+    with tempfile.TemporaryDirectory(prefix="catalog-embed-") as work, connected(settings.ray.address, verbose=night.verbose):
+        event("plan.started", alias=request.alias, base=base.generation if base else "none", since=_shown(window))
+        yield make_plan(source, base=base, request=request, work=Path(work))
+
+
+def _partitions(base: Base | None) -> int:
+    return 1 + (base.live if base else 0) // _PARTITION_ROWS
+
+
+def _shown(window: Window) -> str:
+    return window.since.isoformat() if window.since else "beginning"

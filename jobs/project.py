@@ -1,0 +1,76 @@
+"""`init`: a project in a folder, with a sample catalog that is made on the spot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.config import FILE_NAME
+from pipelines.errors import InputError
+from pipelines.sample.catalog import SampleSpec, write
+from pipelines.sample.queries import write_queries
+
+CATALOG = "catalog"
+
+CONFIGURATION = """\
+# catalog-embed project. `catalog-embed doctor` prints every setting with its value and origin.
+project: {name}
+timezone: Europe/Berlin
+
+source:
+  type: parquet
+  path: catalog/
+  id: sku
+  locale: lang
+  updated_at: modified_at
+  deleted: {{ column: is_active, equals: false }}
+  attributes: attributes
+  completeness: {{ min_rows_ratio: 0.97 }}
+
+document:
+  template: "{{{{ title }}}} | {{{{ brand }}}} | {{{{ category }}}} | {{{{ attributes | pairs(12) }}}} | {{{{ description | tokens(96) }}}}"
+  filters: {{ brand: string, category: string, size: string, price: float, in_stock: bool, rating: float, weight_g: int }}
+
+store: {{ root: index }}
+plan: {{ lookback: 6h }}
+gates: {{ max_delete_ratio: 0.05, quarantine_ratio: 0.0005 }}
+publish: {{ alias: prod }}
+ray: {{ address: local }}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What `init` did."""
+
+    directory: Path
+    existed: bool
+    products_from_night: int | None
+
+
+def make_project(directory: Path, *, spec: SampleSpec, night: int | None) -> Made:
+    """Make a project, or move the sample catalog of one that is there to a night; anything else there is left alone."""
+    configuration = directory / FILE_NAME
+    existed = configuration.exists()
+    if existed and night is None:
+        return Made(directory=directory, existed=True, products_from_night=None)
+    if not existed and directory.exists() and any(directory.iterdir()):
+        raise InputError(f"{directory} is not empty and holds no {FILE_NAME}. Choose a new folder; nothing was written.")
+    if existed and not (directory / CATALOG / SAMPLE_MARK).exists():
+        raise InputError(f"{directory / CATALOG} was not made by `init`, so it is not moved to night {night}. Nothing was written.")
+    (directory / CATALOG).mkdir(parents=True, exist_ok=True)
+    write(directory / CATALOG, spec, night=night or 0)
+    write_queries(directory, spec)
+    (directory / CATALOG / SAMPLE_MARK).write_text(f"Sample catalog, made by catalog-embed from seed {spec.seed}.\n", encoding="utf-8")
+    if not existed:
+        configuration.write_text(CONFIGURATION.format(name=_name(directory)), encoding="utf-8")
+    return Made(directory=directory, existed=existed, products_from_night=night or 0)
+
+
+SAMPLE_MARK = "_SAMPLE"
+
+
+def _name(directory: Path) -> str:
+    """Return the folder's name as a plain YAML word."""
+    kept = "".join(char for char in directory.resolve().name if char.isascii() and (char.isalnum() or char in "-_"))
+    return kept if kept[:1].isalpha() else f"shop-{kept}".rstrip("-")

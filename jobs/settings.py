@@ -1,0 +1,214 @@
+"""The project's settings, each section owned by the dataclass that reads it, put together from `jobs.config`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from jobs.config import Layer, build, described, layers
+from pipelines.contracts import ColumnMap, Window
+from pipelines.diff import DiffOptions
+from pipelines.errors import InputError
+from pipelines.normalize import NormalizeOptions
+from pipelines.plan import Deletes, Limits
+from pipelines.schema import ProductSchema
+from pipelines.sources import SourceSpec
+from pipelines.text import Template, parse
+from pipelines.window import zone
+
+DEFAULT_TEMPLATE = "{{ title }} | {{ brand }} | {{ category }} | {{ attributes | pairs(12) }} | {{ description | tokens(96) }}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project:
+    """What the project is called, and the zone in which its days begin."""
+
+    project: str
+    timezone: str = "UTC"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completeness:
+    """What a feed must hold to be believed: rows against the published products, and the age of its newest row."""
+
+    min_rows_ratio: float = Limits.min_rows_ratio
+    max_age: timedelta | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """The promise that the catalog's owner makes."""
+
+    completeness: Completeness = field(default_factory=Completeness)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """How a row becomes a product and a text."""
+
+    template: str = DEFAULT_TEMPLATE
+    filters: Mapping[str, str] = field(default_factory=dict)
+    default_locale: str = "und"
+    unsafe_ids: str = "quarantine"
+    max_id_bytes: int = 256
+    max_text_bytes: int = 32768
+    non_negative: tuple[str, ...] = ("price",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorePlace:
+    """Where generations live: a folder, or s3://, gs://, az:// with the options of that service."""
+
+    root: str = "index"
+    options: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planning:
+    """How far back to look for late rows, and what the diff may use."""
+
+    lookback: timedelta = timedelta(hours=6)
+    deletes: Deletes = "auto"
+    memory_mb: int = 1024
+    threads: int = 2
+    partitions: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """Where a plan or a generation stops being believable; all are shares of one."""
+
+    max_delete_ratio: float = Limits.max_delete_ratio
+    max_duplicate_ratio: float = Limits.max_duplicate_ratio
+    quarantine_ratio: float = Limits.quarantine_ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publishing:
+    """The name under which readers find the index."""
+
+    alias: str = "prod"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The Ray cluster that does the work: `local` starts one for this run."""
+
+    address: str = "local"
+
+
+SECTIONS: Mapping[str, tuple[type, ...]] = {
+    "": (Project,),
+    "source": (SourceSpec, ColumnMap, Contract),
+    "document": (Document,),
+    "store": (StorePlace,),
+    "plan": (Planning,),
+    "gates": (Gates,),
+    "publish": (Publishing,),
+    "ray": (Cluster,),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that a command needs to know, checked."""
+
+    project: Project
+    source: SourceSpec
+    columns: ColumnMap
+    completeness: Completeness
+    document: Document
+    store: StorePlace
+    plan: Planning
+    gates: Gates
+    publish: Publishing
+    ray: Cluster
+    origins: Layer = field(repr=False)
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """The zone in which `yesterday` is meant."""
+        return zone(self.project.timezone)
+
+    @property
+    def template(self) -> Template:
+        """The parsed template."""
+        return parse(self.document.template)
+
+    @property
+    def schema(self) -> ProductSchema:
+        """The columns of a normalised product."""
+        template = self.template
+        return ProductSchema(text=template.text_fields, filters=self.document.filters, attributes=template.uses_attributes)
+
+    @property
+    def limits(self) -> Limits:
+        """The limits that a plan is measured against."""
+        max_age = self.completeness.max_age
+        return Limits(
+            min_rows_ratio=self.completeness.min_rows_ratio,
+            max_age_s=max_age.total_seconds() if max_age else None,
+            max_delete_ratio=self.gates.max_delete_ratio,
+            max_duplicate_ratio=self.gates.max_duplicate_ratio,
+            quarantine_ratio=self.gates.quarantine_ratio,
+        )
+
+    @property
+    def diff(self) -> DiffOptions:
+        """What the join may use."""
+        return DiffOptions(memory_mb=self.plan.memory_mb, threads=self.plan.threads)
+
+    def normalizing(self, window: Window) -> NormalizeOptions:
+        """How rows of a window are normalised."""
+        document = self.document
+        return NormalizeOptions(
+            schema=self.schema,
+            deleted=self.columns.deleted,
+            now=window.until,
+            default_locale=document.default_locale,
+            unsafe_ids=document.unsafe_ids,  # type: ignore[arg-type]  NormalizeOptions checks the word
+            max_id_bytes=document.max_id_bytes,
+            max_text_bytes=document.max_text_bytes,
+            non_negative=tuple(name for name in document.non_negative if name in document.filters),
+        )
+
+    def describe(self) -> Iterator[tuple[str, str, str]]:
+        """Yield every option as (key, value, origin), secrets masked."""
+        for key, value, origin in described(self.origins, SECTIONS):
+            yield key.removeprefix("."), value, origin
+
+
+def load(path: Path, *, target: str | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Read and check the configuration at `path`; relative places in it are relative to its folder."""
+    layer = layers(path=path, target=target, overrides=overrides or {}, sections=SECTIONS)
+    source = build(SourceSpec, "source", layer)
+    store = build(StorePlace, "store", layer)
+    settings = Settings(
+        project=build(Project, "", layer),
+        source=replace(source, path=_beside(path, source.path)) if source.path else source,
+        columns=build(ColumnMap, "source", layer),
+        completeness=build(Contract, "source", layer).completeness,
+        document=build(Document, "document", layer),
+        store=replace(store, root=_beside(path, store.root)),
+        plan=build(Planning, "plan", layer),
+        gates=build(Gates, "gates", layer),
+        publish=build(Publishing, "publish", layer),
+        ray=build(Cluster, "ray", layer),
+        origins=layer,
+    )
+    # Every mistake that can be found without reading a row is found here.
+    settings.zone, settings.schema, settings.limits, settings.normalizing(Window(since=None, until=datetime.now(tz=settings.zone)))
+    return settings
+
+
+def _beside(config: Path, place: str) -> str:
+    """Return a local place relative to the configuration's folder, and an address as it is."""
+    if "://" in place:
+        return place
+    if "\0" in place:
+        raise InputError(f"a path holds a zero byte: {place!r}.")
+    return str((config.parent / place).resolve())

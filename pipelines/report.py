@@ -1,0 +1,141 @@
+"""Plans as a person reads them: plain text of a fixed layout, no colour, no terminal needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from zoneinfo import ZoneInfo
+
+from pipelines.plan import Guard, Plan
+from pipelines.reasons import REASONS
+
+# Reasons that are found after normalising, where two rows or a whole text are known.
+LATE_REASONS: Mapping[str, tuple[str, str]] = {
+    "empty_text": ("the template renders to nothing", "Fill a field that the template reads, or exclude the row."),
+    "duplicate_id": ("another row has the same id, is equally new and says something else", "Keep one row for each id."),
+}
+
+
+def plan_text(plan: Plan, *, explain: bool = False, samples: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Lay a plan out on a screen."""
+    lines = [*_head(plan), *_body(plan), *_guards(plan)]
+    if samples:
+        lines += ["", "Samples"]
+        lines += [f"  {action:<8} {', '.join(printable(name) for name in names)}" for action, names in samples.items() if names]
+    if explain:
+        lines += ["", *_explained(plan)]
+    return "\n".join(lines) + "\n"
+
+
+def printable(text: str) -> str:
+    """Show catalog text without letting it move the cursor, forge a line or reorder what is read."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    title = f"Plan  {plan.alias}  {plan.base or '(nothing published)'} -> (new)"
+    yield f"{title:<52}rows read {plan.rows.read:,}"
+    tz = ZoneInfo(plan.zone)
+    since = "beginning" if plan.window.since is None else _local(plan.window.since, tz)
+    back = f" (lookback {_duration(plan.lookback_s)})" if plan.window.since is not None and plan.lookback_s else ""
+    yield f"  window    {since} .. {_local(plan.window.until, tz)} {plan.zone}{back}"
+    yield f"  source    {plan.source.kind} {printable(plan.source.address)}, {_count(len(plan.source.objects), 'object')}, {_bytes(plan.source.bytes)}, pin {plan.source.digest[:12]}"
+
+
+def _body(plan: Plan) -> Iterator[str]:
+    actions, rows, embedding = plan.actions, plan.rows, plan.embedding
+    share = f" ({actions.delete / plan.base_live:.2%})" if plan.base_live else ""
+    yield f"  products  + {actions.add:,} new   ~ {actions.text:,} text   . {actions.attr:,} attributes only   - {actions.delete:,} deleted{share}   = {actions.same:,} same"
+    yield f"  rows      {rows.live:,} live   {rows.deleted:,} tombstones   {rows.duplicate:,} duplicates   {rows.quarantined:,} quarantined"
+    if embedding.rows:
+        saved = embedding.rows - embedding.texts
+        yield f"  embed     {embedding.texts - embedding.reused:,} texts ({saved:,} identical, {embedding.reused:,} embedded before), about {_tokens(embedding.tokens)} tokens"
+    else:
+        yield "  embed     nothing: no forward pass"
+    if not plan.deletes_checked:
+        yield f"  WARNING   deletes: NOT CHECKED (--deletes {plan.deletes}); products that vanished from the feed stay in the index"
+    if plan.unseen:
+        yield f"  WARNING   {plan.unseen:,} products are in the catalog but in neither the window nor the index; run `plan --since beginning`"
+    if not actions.changed:
+        yield "  nothing to do: the index is in step with the catalog"
+
+
+def _guards(plan: Plan) -> Iterator[str]:
+    if not plan.failed:
+        yield f"  guards    {len(plan.guards)} passed: {', '.join(guard.name for guard in plan.guards)}"
+    for guard in plan.failed:
+        yield f"  GUARD     {guard.name}: {_measured(guard)}, limit {_limit(guard)} (exit {guard.exit_code}). {guard.advice}"
+
+
+def _explained(plan: Plan) -> Iterator[str]:
+    yield "Explained"
+    yield f"  template  {plan.template}"
+    yield f"            digest {plan.template_digest[:12]}; a product is embedded again only when its rendered text changes"
+    yield f"  columns   schema digest {plan.schema_digest[:12]}; a change of filter columns alone rewrites no vector"
+    yield f"  deletes   {_deletes(plan)}"
+    if plan.newest is not None:
+        yield f"  newest    {_local(plan.newest, ZoneInfo(plan.zone))} {plan.zone}"
+    for guard in plan.guards:
+        yield f"  guard     {guard.name}: {_measured(guard)}, limit {_limit(guard)}: {'passed' if guard.passed else 'FAILED'}"
+    if plan.rejected:
+        yield "  quarantined rows, by reason"
+        yield from _reasons(plan.rejected)
+    if plan.repaired:
+        yield "  repaired cells, by reason"
+        yield from _reasons(plan.repaired)
+
+
+def _reasons(counts: Mapping[str, int]) -> Iterator[str]:
+    for code, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        known = REASONS.get(code)
+        meaning, advice = (known.meaning, known.advice) if known else LATE_REASONS[code]
+        yield f"    {count:>9,}  {code}: {meaning}. {advice}"
+
+
+def _deletes(plan: Plan) -> str:
+    if plan.deletes == "off":
+        return "off: nothing is deleted, tombstones included"
+    if plan.deletes == "tombstones":
+        return "tombstones only: a product that vanishes from the feed stays"
+    return (
+        "whole catalog read: absent products and tombstones go"
+        if plan.window.full
+        else "window read and all ids scanned: absent products and tombstones go"
+    )
+
+
+def _measured(guard: Guard) -> str:
+    return _duration(guard.measured) if guard.name == "freshness" else f"{guard.measured:.4%}"
+
+
+def _limit(guard: Guard) -> str:
+    return _duration(guard.limit) if guard.name == "freshness" else f"{guard.limit:.4%}"
+
+
+def _local(moment: datetime, tz: ZoneInfo) -> str:
+    return moment.astimezone(tz).strftime("%Y-%m-%d %H:%M%z")
+
+
+def _duration(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "never"
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{seconds / size:.1f}".removesuffix(".0") + unit
+    return f"{seconds:.0f}s"
+
+
+def _tokens(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1_000_000 else f"{count:,}"  # noqa: PLR2004  a million
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:  # noqa: PLR2004  SI units
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
