@@ -12,7 +12,7 @@ _EVENTS = logging.getLogger("catalog_embed")
 class _Line(logging.Formatter):
     """Time, event, fields. Line breaks and escapes in values stay visible instead of taking effect."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
         fields = " ".join(f"{key}={_shown(value)}" for key, value in getattr(record, "fields", {}).items())

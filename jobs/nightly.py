@@ -13,6 +13,7 @@ from jobs.cluster import connected
 from jobs.logs import event
 from jobs.settings import Settings
 from pipelines.contracts import Window
+from pipelines.errors import ManifestError
 from pipelines.generation import Base, Planned, PlanRequest, make_plan
 from pipelines.plan import Deletes
 from pipelines.publish import current, open_manifest
@@ -43,11 +44,15 @@ def open_base(settings: Settings) -> Base | None:
     if entry is None:
         return None
     manifest = open_manifest(store, entry)
+    if manifest.table is None:
+        raise ManifestError(
+            f"generation {manifest.generation} pins no table, so there is nothing to compare with. Run `catalog-embed doctor`."
+        )
     return Base(
         generation=manifest.generation,
         live=manifest.counts["live"],
         watermark=manifest.window.until,
-        table_uri=store.url(manifest.table.path),
+        table_uri=store.uri(manifest.table.uri),
         table_version=manifest.table.version,
         options=settings.store.options,
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
 from jobs.config import Layer, build, described, layers
@@ -53,10 +53,11 @@ class Document:
     template: str = DEFAULT_TEMPLATE
     filters: Mapping[str, str] = field(default_factory=dict)
     default_locale: str = "und"
-    unsafe_ids: str = "quarantine"
+    unsafe_ids: Literal["quarantine", "accept"] = "quarantine"
     max_id_bytes: int = 256
     max_text_bytes: int = 32768
-    non_negative: tuple[str, ...] = ("price",)
+    max_attributes: int = 256
+    non_negative: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,10 +171,11 @@ class Settings:
             deleted=self.columns.deleted,
             now=window.until,
             default_locale=document.default_locale,
-            unsafe_ids=document.unsafe_ids,  # type: ignore[arg-type]  NormalizeOptions checks the word
+            unsafe_ids=document.unsafe_ids,
             max_id_bytes=document.max_id_bytes,
             max_text_bytes=document.max_text_bytes,
-            non_negative=tuple(name for name in document.non_negative if name in document.filters),
+            max_attributes=document.max_attributes,
+            non_negative=document.non_negative,
         )
 
     def describe(self) -> Iterator[tuple[str, str, str]]:
@@ -208,6 +210,8 @@ def load(path: Path, *, target: str | None = None, overrides: Mapping[str, Any] 
 def _beside(config: Path, place: str) -> str:
     """Return a local place relative to the configuration's folder, and an address as it is."""
     if "://" in place:
+        if "@" in place.split("://", 1)[1].split("/", 1)[0]:
+            raise InputError(f"the address of {place.rpartition('@')[2]} holds credentials. Put them under `options`, as `${{NAME}}`.")
         return place
     if "\0" in place:
         raise InputError(f"a path holds a zero byte: {place!r}.")

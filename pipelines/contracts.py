@@ -110,6 +110,15 @@ class SourcePin:
         return gone + new + changed
 
 
+@dataclass(frozen=True, kw_only=True)
+class ObjectRef:
+    """One stored object and what it must hold: its key under the store's root, its size in bytes, its sha256 in hex."""
+
+    key: str
+    size: int
+    sha256: str
+
+
 @runtime_checkable
 class Shard(Protocol):
     """A piece of a source that one worker reads. Picklable and small: it holds addresses, never rows."""

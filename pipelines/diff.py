@@ -225,14 +225,28 @@ def count_actions(changes: Path) -> dict[str, int]:
 def with_ids(changes: Path, previous: Rows, current: Rows, *, outcome: Path, options: DiffOptions | None = None) -> None:
     """Write the changes once more, each with the product's id: the form in which a plan is saved."""
     with _connect(outcome, options or DiffOptions()) as db:
-        for name, rows in (("previous", previous), ("current", current), ("changes", [changes])):
-            _attach(db, name, rows)
-        db.sql(f"""
-            WITH names AS (
-                SELECT {ID_HASH}, any_value({ID}) AS {ID}
-                FROM (SELECT {ID_HASH}, {ID} FROM current UNION ALL SELECT {ID_HASH}, {ID} FROM previous) SEMI JOIN changes USING ({ID_HASH})
-                GROUP BY 1)
-            SELECT {ID}, {_CHANGE} FROM changes JOIN names USING ({ID_HASH}) ORDER BY {ID_HASH}""").write_parquet(str(outcome))
+        _name(db, changes, previous, current, chosen="FROM changes")
+        db.sql(f"SELECT {ID}, {_CHANGE} FROM changes JOIN names USING ({ID_HASH}) ORDER BY {ID_HASH}").write_parquet(str(outcome))
+
+
+def first_ids(changes: Path, previous: Rows, current: Rows, *, limit: int) -> dict[str, list[str]]:
+    """Return up to `limit` ids for each action, by their hashes, so that the choice is always the same."""
+    with _connect(changes, DiffOptions()) as db:
+        chosen = f"FROM changes QUALIFY row_number() OVER (PARTITION BY {ACTION} ORDER BY {ID_HASH}) <= {limit:d}"
+        _name(db, changes, previous, current, chosen=chosen)
+        rows = db.execute(f"SELECT {ACTION}, {ID} FROM changes JOIN names USING ({ID_HASH}) ORDER BY {ID_HASH}").fetchall()
+    return {action: [name for found, name in rows if found == action] for action in ACTIONS}
+
+
+def _name(db: duckdb.DuckDBPyConnection, changes: Path, previous: Rows, current: Rows, *, chosen: str) -> None:
+    """Make the table `names`: the id behind every chosen id hash."""
+    for name, rows in (("previous", previous), ("current", current), ("changes", [changes])):
+        _attach(db, name, rows)
+    db.execute(f"""
+        CREATE TEMP TABLE names AS
+        SELECT {ID_HASH}, any_value({ID}) AS {ID}
+        FROM (SELECT {ID_HASH}, {ID} FROM current UNION ALL SELECT {ID_HASH}, {ID} FROM previous)
+        SEMI JOIN (SELECT {ID_HASH} {chosen}) USING ({ID_HASH}) GROUP BY 1""")
 
 
 def merge(parts: Sequence[Path], *, by: Sequence[str], outcome: Path, options: DiffOptions | None = None) -> None:

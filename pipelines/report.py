@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from zoneinfo import ZoneInfo
 
+from pipelines.normalize.reasons import REASONS
 from pipelines.plan import Guard, Plan
-from pipelines.reasons import REASONS
 
 # Reasons that are found after normalising, where two rows or a whole text are known.
 LATE_REASONS: Mapping[str, tuple[str, str]] = {

@@ -32,6 +32,9 @@ REASON = "reason"
 FIELD = "field"
 EXCERPT = "excerpt"
 
+# A source sets this to the bytes of a line that it could not parse; every other column of that row is then null.
+MALFORMED = "_malformed"
+
 HASH = pa.binary(16)
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 ATTRIBUTE_MAP = pa.map_(pa.string(), pa.string())

@@ -55,3 +55,12 @@ def s3() -> Iterator[S3Server]:
     host, port = server.get_host_and_port()
     yield S3Server(f"http://{host}:{port}")
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One quiet local Ray for the whole session: starting one costs seconds."""
+    from jobs.cluster import connected
+
+    with connected("local"):
+        yield

@@ -118,7 +118,7 @@ def test_an_alias_bomb_and_a_huge_file_are_refused_before_they_expand(tmp_path: 
 def test_secrets_are_never_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOP_KEY", "canary-one")
     text = (
-        "project: shop\nsource: { type: parquet, path: s3://user:canary-two@bucket/x }\n"
+        "project: shop\nsource: { type: parquet, path: s3://bucket/x }\n"
         "store: { root: s3://bucket/index, options: { access_key_id: '${SHOP_KEY}', secret_access_key: canary-three, session_token: canary-four, region: eu-1 } }\n"
     )
     loaded = settings(tmp_path, text)
@@ -126,6 +126,12 @@ def test_secrets_are_never_described(tmp_path: Path, monkeypatch: pytest.MonkeyP
     told = repr(list(loaded.describe())) + repr(loaded)
     assert "canary" not in told
     assert "eu-1" in told
+
+
+def test_credentials_in_an_address_are_refused_without_being_repeated(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds credentials") as refused:
+        settings(tmp_path, "project: shop\nsource: { type: parquet, path: s3://user:canary@bucket/x }\n")
+    assert "canary" not in str(refused.value)
 
 
 def test_every_option_of_every_section_is_described(tmp_path: Path) -> None:

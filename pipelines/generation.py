@@ -1,0 +1,294 @@
+"""A run, in order. So far: open the base, read, prepare, diff, judge. `make_plan` stops before anything is written to the store."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.contracts import Source, SourcePin, Window
+from pipelines.diff import Difference, DiffOptions, combine, count_actions, count_texts, diff, first_ids, merge, with_ids
+from pipelines.errors import InputError, PlanError, SourceMoved
+from pipelines.normalize import NormalizeOptions
+from pipelines.plan import ActionCounts, Deletes, Embedding, Limits, Plan, RowCounts, check
+from pipelines.prepare import Prepared, Preparer, PresentIds
+from pipelines.schema import (
+    ATTR,
+    DELETE,
+    EXCERPT,
+    FIELD,
+    HASH,
+    ID,
+    ID_HASH,
+    PUBLISHED,
+    QUARANTINE,
+    REASON,
+    ROW,
+    SCANNED,
+    SHARD,
+    STAGE,
+    TEXT,
+    UPDATED_AT,
+)
+from pipelines.spool import Spool
+from pipelines.stores.lance import read_published
+from pipelines.text import Template
+from pipelines.workers import scan, spread
+
+DUPLICATE_ID = "duplicate_id"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The published generation that a plan starts from."""
+
+    generation: str
+    live: int
+    watermark: datetime
+    table_uri: str
+    table_version: int
+    options: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What to plan, and within which bounds."""
+
+    alias: str
+    window: Window
+    zone: str
+    lookback: timedelta
+    template: Template
+    normalizing: NormalizeOptions
+    limits: Limits
+    deletes: Deletes = "auto"
+    diff: DiffOptions = field(default_factory=DiffOptions)
+    partitions: int = 1
+    partitions_in_flight: int = 2
+
+    def __post_init__(self) -> None:
+        if self.deletes not in ("auto", "tombstones", "scan", "off"):
+            raise InputError(f"--deletes `{self.deletes}` is unknown. Use auto, tombstones, scan or off.")
+        if self.partitions < 1:
+            raise InputError(f"`partitions` is at least 1, not {self.partitions}.")
+
+    @property
+    def scans_ids(self) -> bool:
+        """Whether all ids are read beside the window: a narrow window alone cannot tell what is gone."""
+        return not self.window.full and self.deletes in ("auto", "scan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A plan and the files behind it, in a work folder that the caller removes."""
+
+    plan: Plan
+    changes: Path
+    quarantine: Path
+    previous: list[Path]
+    current: list[Path]
+
+
+@dataclass
+class _Tally:
+    """What is counted while batches stream by."""
+
+    read: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    repaired: Counter[str] = field(default_factory=Counter)
+    sample_tokens: int = 0
+    sample_bytes: int = 0
+    newest: datetime | None = None
+
+    def reject(self, reason: str, count: int) -> None:
+        """Count rows that are rejected after their batch was prepared."""
+        if count:
+            self.rejected[reason] += count
+
+    def add(self, batch: Prepared) -> None:
+        """Count one batch."""
+        self.read += batch.rows_in
+        self.repaired.update(dict(batch.repaired))
+        self.sample_tokens += batch.sample_tokens
+        self.sample_bytes += batch.sample_bytes
+        self.rejected.update(batch.rejected.column(REASON).to_pylist())
+        newest = pc.max(batch.rows.column(UPDATED_AT)).as_py()
+        if newest is not None:
+            self.newest = max(newest, self.newest or newest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sides:
+    """Both sides of the diff, spooled, and what was learnt on the way."""
+
+    pin: SourcePin
+    previous: list[Path]
+    current: list[Path]
+    present: list[Path] | None
+    rejects: Spool
+    tally: _Tally
+
+
+def make_plan(source: Source, *, base: Base | None, request: PlanRequest, work: Path) -> Planned:
+    """Compare a source with the published generation. Reads only; every file it makes lies in `work`."""
+    sides = _read_sides(source, base, request, work)
+    difference = _diff(sides, request, work)
+    sides.rejects.add(_conflict_rejects(difference.conflicts))
+    sides.tally.reject(DUPLICATE_ID, difference.conflicts.num_rows)
+    quarantine = work / "quarantine.parquet"
+    merge(sides.rejects.close(), by=(SHARD, ROW, REASON), outcome=quarantine, options=request.diff)
+    return Planned(
+        plan=_judge(sides, difference, base, request),
+        changes=difference.changes,
+        quarantine=quarantine,
+        previous=sides.previous,
+        current=sides.current,
+    )
+
+
+def save(planned: Planned, directory: Path) -> None:
+    """Write a plan where `apply` finds it: changes with ids, quarantined rows, and plan.json last, which makes it whole."""
+    if directory.exists() and any(directory.iterdir()):
+        raise InputError(f"{directory} is not empty. A plan is never written over another: choose a new folder for --out.")
+    directory.mkdir(parents=True, exist_ok=True)
+    with_ids(planned.changes, planned.previous, planned.current, outcome=directory / "changes.parquet")
+    shutil.copyfile(planned.quarantine, directory / "quarantine.parquet")
+    text = json.dumps(planned.plan.to_json(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (directory / "plan.json").write_text(text, encoding="utf-8")
+
+
+def sample_changes(planned: Planned, *, limit: int) -> dict[str, list[str]]:
+    """Return up to `limit` ids for each action: the ones with the smallest hashes, so always the same."""
+    return first_ids(planned.changes, planned.previous, planned.current, limit=limit)
+
+
+def _read_sides(source: Source, base: Base | None, request: PlanRequest, work: Path) -> _Sides:
+    """Pin the source, then spool the published state, the catalog and, for a narrow window, all ids there are."""
+    pin = source.snapshot()
+    previous = Spool(work, "previous", PUBLISHED, partitions=request.partitions)
+    if base is not None:
+        for table in read_published(base.table_uri, version=base.table_version, options=base.options):
+            previous.add(table)
+        if previous.num_rows != base.live:
+            raise PlanError(
+                f"generation {base.generation} promises {base.live} products but its table holds {previous.num_rows}. "
+                "Run `catalog-embed doctor`, then `catalog-embed rollback`."
+            )
+    current = Spool(work, "current", SCANNED, partitions=request.partitions)
+    rejects = Spool(work, "rejects", QUARANTINE)
+    tally = _Tally()
+    preparer = Preparer(normalizing=request.normalizing, template=request.template)
+    for table in scan(source.read(request.window), preparer.packed):
+        for batch in Prepared.unpack(table):
+            current.add(batch.rows)
+            rejects.add(batch.rejected)
+            tally.add(batch)
+    present = _spool_present(source, request, work) if request.scans_ids else None
+    now = source.snapshot()
+    if now != pin:
+        raise SourceMoved(f"the catalog changed while it was read ({'; '.join(pin.moved(now)[:3])}). Plan again when the export is done.")
+    return _Sides(pin=pin, previous=previous.close(), current=current.close(), present=present, rejects=rejects, tally=tally)
+
+
+def _spool_present(source: Source, request: PlanRequest, work: Path) -> list[Path]:
+    """Spool the id hashes of every product that the source holds and does not call deleted."""
+    present = Spool(work, "present", pa.schema([(ID_HASH, HASH)]), partitions=request.partitions)
+    for table in scan(source.ids(), PresentIds(normalizing=request.normalizing)):
+        present.add(table)
+    return present.close()
+
+
+def _diff(sides: _Sides, request: PlanRequest, work: Path) -> Difference:
+    """Diff in one join, or partition by partition on the cluster's workers; the outcome is the same."""
+    absent_goes = request.window.full and request.deletes != "tombstones"
+    how = partial(diff, absent_goes=absent_goes, deletes=request.deletes != "off", options=request.diff)
+    outcome = work / "changes.parquet"
+    if request.partitions == 1:
+        return how(sides.previous, sides.current, present=sides.present, outcome=outcome)
+    partitions = zip(sides.previous, sides.current, sides.present or repeat(None), strict=False)
+    parts: list[Difference] = []
+    arguments = ((how, *map(_read, partition)) for partition in partitions)
+    for index, (difference, changes) in enumerate(spread(_diff_partition, arguments, in_flight=request.partitions_in_flight)):
+        path = work / f"changes-{index:03d}.parquet"
+        path.write_bytes(changes)
+        parts.append(replace(difference, changes=path))
+    return combine(parts, outcome=outcome, options=request.diff)
+
+
+def _read(path: Path | None) -> pa.Table | None:
+    return None if path is None else pq.read_table(path)
+
+
+def _diff_partition(
+    how: Callable[..., Difference], previous: pa.Table, current: pa.Table, present: pa.Table | None
+) -> tuple[Difference, bytes]:
+    """Diff one partition on a worker, which has no folder in common with the driver."""
+    with tempfile.TemporaryDirectory(prefix="catalog-embed-") as folder:
+        outcome = Path(folder) / "changes.parquet"
+        return how(previous, current, present=present, outcome=outcome), outcome.read_bytes()
+
+
+def _conflict_rejects(conflicts: pa.Table) -> pa.Table:
+    """Turn rows that lost against an equally new one into quarantine records."""
+    fixed = {STAGE: "diff", REASON: DUPLICATE_ID, FIELD: ID, EXCERPT: b""}
+    columns = [
+        pa.repeat(pa.scalar(fixed[item.name], item.type), conflicts.num_rows) if item.name in fixed else conflicts.column(item.name)
+        for item in QUARANTINE
+    ]
+    return pa.Table.from_arrays(columns, schema=QUARANTINE)
+
+
+def _judge(sides: _Sides, difference: Difference, base: Base | None, request: PlanRequest) -> Plan:
+    """Put the counts together, check that every row is accounted for, and measure the plan against its limits."""
+    tally = sides.tally
+    rows = RowCounts(
+        read=tally.read,
+        live=difference.live,
+        deleted=difference.tombstones,
+        duplicate=difference.duplicates,
+        quarantined=sum(tally.rejected.values()),
+    )
+    counts = count_actions(difference.changes)
+    base_live = base.live if base else 0
+    actions = ActionCounts(**counts, same=base_live - counts[TEXT] - counts[ATTR] - counts[DELETE])
+    guards = check(rows=rows, actions=actions, base_live=base_live, window=request.window, newest=tally.newest, limits=request.limits)
+    return Plan(
+        alias=request.alias,
+        base=base.generation if base else None,
+        base_live=base_live,
+        window=request.window,
+        zone=request.zone,
+        lookback_s=request.lookback.total_seconds(),
+        source=sides.pin,
+        template=request.template.source,
+        template_digest=request.template.digest,
+        schema_digest=request.normalizing.schema.digest,
+        deletes=request.deletes,
+        deletes_checked=request.deletes in ("auto", "scan"),
+        rows=rows,
+        actions=actions,
+        embedding=_embedding(sides, difference, request),
+        rejected=dict(tally.rejected),
+        repaired=dict(tally.repaired),
+        unseen=difference.unseen,
+        newest=tally.newest,
+        guards=guards,
+    )
+
+
+def _embedding(sides: _Sides, difference: Difference, request: PlanRequest) -> Embedding:
+    """Count the texts to embed; their tokens follow from the share of tokens in the bytes of the sampled texts."""
+    texts = count_texts(difference.changes, sides.previous, options=request.diff)
+    ratio = sides.tally.sample_tokens / sides.tally.sample_bytes if sides.tally.sample_bytes else 0.0
+    return Embedding(rows=texts.rows, texts=texts.texts, reused=texts.reused, tokens=round(texts.text_bytes * ratio))
