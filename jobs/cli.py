@@ -104,7 +104,7 @@ def init(directory: Path, products: int, seed: int, night: int | None) -> None:
     the products' attributes. A project that is there is left as it is, unless --night moves its sample catalog.
     """
     from jobs.project import make_project
-    from pipelines.sample.catalog import SampleSpec
+    from pipelines.sample.spec import SampleSpec
 
     made = make_project(directory, spec=SampleSpec(seed=seed, products=products), night=night)
     if made.products_from_night is None:
@@ -180,8 +180,8 @@ def plan(
     from pipelines.generation import sample_changes, save
     from pipelines.report import plan_text
 
-    settings = load(_config(obj), target=obj["target"], overrides={"ray.address": ray_address})
     night = Night(since=since, now=_moment(now), deletes=deletes, verbose=obj["verbose"] > 0)
+    settings = load(_config(obj), target=obj["target"], overrides={"ray.address": ray_address})
     with planned(settings, night) as result:
         if out is not None:
             save(result, out)
@@ -275,3 +275,7 @@ def _moment(text: str | None) -> datetime | None:
     if moment.tzinfo is None:
         raise click.UsageError(f"--now `{text}` has no zone. Write 2026-11-03T02:00+01:00.")
     return moment
+
+
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from jobs.config import FILE_NAME
 from pipelines.errors import InputError
-from pipelines.sample.catalog import SampleSpec, write
+from pipelines.sample.catalog import write
 from pipelines.sample.queries import write_queries
+from pipelines.sample.spec import SampleSpec
 
 CATALOG = "catalog"
 
@@ -60,7 +61,7 @@ def make_project(directory: Path, *, spec: SampleSpec, night: int | None) -> Mad
         raise InputError(f"{directory / CATALOG} was not made by `init`, so it is not moved to night {night}. Nothing was written.")
     (directory / CATALOG).mkdir(parents=True, exist_ok=True)
     write(directory / CATALOG, spec, night=night or 0)
-    write_queries(directory, spec)
+    write_queries(directory, spec, night=night or 0)
     (directory / CATALOG / SAMPLE_MARK).write_text(f"Sample catalog, made by catalog-embed from seed {spec.seed}.\n", encoding="utf-8")
     if not existed:
         configuration.write_text(CONFIGURATION.format(name=_name(directory)), encoding="utf-8")

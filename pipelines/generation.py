@@ -42,7 +42,6 @@ from pipelines.schema import (
     UPDATED_AT,
 )
 from pipelines.spool import Spool
-from pipelines.stores.lance import read_published
 from pipelines.text import Template
 from pipelines.workers import scan, spread
 
@@ -178,6 +177,8 @@ def _read_sides(source: Source, base: Base | None, request: PlanRequest, work: P
     pin = source.snapshot()
     previous = Spool(work, "previous", PUBLISHED, partitions=request.partitions)
     if base is not None:
+        from pipelines.stores.lance import read_published  # noqa: PLC0415  a second of imports that a first plan need not pay
+
         for table in read_published(base.table_uri, version=base.table_version, options=base.options):
             previous.add(table)
         if previous.num_rows != base.live:

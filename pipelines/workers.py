@@ -46,12 +46,16 @@ class _ReadShards:
                 first_row += batch.num_rows
 
 
+def _bounded() -> dict[str, int]:
+    return {"max_retries": _RETRIES}
+
+
 def scan(shards: Sequence[Shard], prepare: Prepare) -> Iterator[pa.Table]:
     """Read every shard on the cluster and stream what `prepare` made of its batches, as they finish."""
     if not shards:
         return
     dataset = ray.data.range(len(shards), override_num_blocks=len(shards)).map_batches(
-        _ReadShards(shards, prepare), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, max_retries=_RETRIES
+        _ReadShards(shards, prepare), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, ray_remote_args_fn=_bounded
     )
     with _own_errors():
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
@@ -81,5 +85,6 @@ def _own_errors() -> Iterator[None]:
             inner = getattr(cause, "cause", None)
             cause = inner if isinstance(inner, BaseException) else cause.__cause__ or cause.__context__
             if isinstance(cause, CatalogEmbedError):
-                raise type(cause)(*cause.args) from None
+                # Ray Data appends advice about its own retry settings to the message.
+                raise type(cause)(str(cause).partition("\nFailed to apply UDF")[0]) from None
         raise

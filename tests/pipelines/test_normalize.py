@@ -16,10 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.normalize import sanitize
 from pipelines.contracts import DeletedRule
 from pipelines.errors import InputError
-from pipelines.normalize import Normalized, NormalizeOptions, normalize
+from pipelines.normalize import Normalized, NormalizeOptions, normalize, sanitize
 from pipelines.normalize.flatjson import parse_objects, parse_one_by_one
 from pipelines.normalize.products import BLOCK_ROWS
 from pipelines.normalize.reasons import QUARANTINE_REASONS, REASONS
