@@ -119,8 +119,8 @@ def _local(moment: datetime, tz: ZoneInfo) -> str:
 def _duration(seconds: float) -> str:
     if seconds == float("inf"):
         return "never"
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
-        if seconds >= size:
+    for least, size, unit in ((172800, 86400, "d"), (3600, 3600, "h"), (60, 60, "m")):
+        if seconds >= least:
             return f"{seconds / size:.1f}".removesuffix(".0") + unit
     return f"{seconds:.0f}s"
 

@@ -1,7 +1,7 @@
 """The one face that reading and planning show to Ray: shards through a function, and arguments through a function.
 
-Order is not kept, and nothing above this module may depend on it. A task that dies with its worker is tried again a
-bounded number of times; an error that the code raised on purpose comes back as itself, without Ray's wrapping.
+Order is not kept, and nothing above this module may depend on it. A task that dies with its worker is tried again
+three times, Ray's default for tasks (actors would be restarted for ever); an error that the code raised on purpose comes back as itself, without Ray's wrapping.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ import ray.exceptions
 
 from pipelines.contracts import Shard
 from pipelines.errors import CatalogEmbedError
-
-# Ray Data's own default is to retry a crashing task for ever.
-_RETRIES = 3
 
 
 class Prepare(Protocol):
@@ -46,16 +43,12 @@ class _ReadShards:
                 first_row += batch.num_rows
 
 
-def _bounded() -> dict[str, int]:
-    return {"max_retries": _RETRIES}
-
-
 def scan(shards: Sequence[Shard], prepare: Prepare) -> Iterator[pa.Table]:
     """Read every shard on the cluster and stream what `prepare` made of its batches, as they finish."""
     if not shards:
         return
     dataset = ray.data.range(len(shards), override_num_blocks=len(shards)).map_batches(
-        _ReadShards(shards, prepare), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, ray_remote_args_fn=_bounded
+        _ReadShards(shards, prepare), batch_size=1, batch_format="pyarrow", zero_copy_batch=True
     )
     with _own_errors():
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
@@ -63,7 +56,7 @@ def scan(shards: Sequence[Shard], prepare: Prepare) -> Iterator[pa.Table]:
 
 def spread(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], *, in_flight: int) -> Iterator[Any]:
     """Call a function with each of the arguments on the cluster, at most `in_flight` at a time; results as they finish."""
-    task = ray.remote(max_retries=_RETRIES)(function)
+    task = ray.remote(function)
     waiting: list[Any] = []
     with _own_errors():
         for argument in arguments:

