@@ -97,7 +97,8 @@ def history(store: Store, alias: str) -> tuple[LogEntry, ...]:
 
 def current(store: Store, alias: str) -> LogEntry | None:
     """Return the entry that names the live generation, or None before the first publish."""
-    names = (info.key.rpartition("/")[2] for info in store.list(_folder(alias)))
+    folder = _folder(alias)
+    names = (info.key.removeprefix(f"{folder}/") for info in store.list(folder))
     highest = max((int(match[1]) for name in names if (match := _ENTRY_NAME.fullmatch(name))), default=0)
     return _read_entry(store, alias, highest) if highest else None
 
@@ -122,10 +123,7 @@ def write_generation(store: Store, manifest: Manifest, attachments: Mapping[str,
     folder = f"generations/{check_generation(manifest.generation)}"
     if "manifest.json" in attachments:
         raise InputError(f"{manifest.generation}: `manifest.json` is the manifest's own name. Rename the attachment.")
-    listed = [
-        ManifestObject.of(_ref(f"{folder}/{name}", data), role="attachment")
-        for name, data in sorted(attachments.items())
-    ]  # fmt: skip
+    listed = [ManifestObject.of(_ref(f"{folder}/{name}", content), role="attachment") for name, content in sorted(attachments.items())]
     whole = replace(manifest, attachments=(*manifest.attachments, *listed))
     data = whole.to_json()
     Manifest.from_json(data, where=manifest.generation)  # what cannot be read back must not be written
@@ -167,7 +165,7 @@ def publish(
     if manifest.failed_gates:
         raise ManifestError(f"{generation}: gates failed ({', '.join(manifest.failed_gates)}). Not published; see its report.")
     _check_objects(store, manifest, verify=verify)
-    entry = _entry(manifest, sha256, seq=expected_seq + 1, action="publish", run_id=run_id, reason=reason, clock=clock)
+    entry = _entry(manifest, sha256, seq=expected_seq + 1, action="publish", run_id=run_id, reason=reason, at=_now(clock))
     return _append(store, alias, entry, head=head)
 
 
@@ -189,13 +187,14 @@ def rollback(
     head = current(store, alias)
     if head is None:
         raise NotFound(f"alias `{alias}` has no entries, so there is nothing to roll back to. Publish first.")
-    own = _own_entry(store, alias, head, run_id=run_id, action="rollback", since=clock() - _CLOCK_MARGIN)
+    at = _now(clock)
+    own = _own_entry(store, alias, head, run_id=run_id, action="rollback", since=at - _CLOCK_MARGIN)
     if own is not None and to in (None, own.generation):
         return _durable(store, alias, own)
     target = _target(store, alias, head, to=to)
     manifest = open_manifest(store, target)
     _check_objects(store, manifest, verify=verify)
-    entry = _entry(manifest, target.manifest_sha256, seq=head.seq + 1, action="rollback", run_id=run_id, reason=reason, clock=clock)
+    entry = _entry(manifest, target.manifest_sha256, seq=head.seq + 1, action="rollback", run_id=run_id, reason=reason, at=at)
     return _append(store, alias, replace(entry, hold=hold or head.hold), head=head)
 
 
@@ -244,9 +243,8 @@ def _append(store: Store, alias: str, entry: LogEntry, *, head: LogEntry | None)
 
 def _lost(alias: str, entry: LogEntry, winner: LogEntry) -> AlreadyExists:
     won = f"entry {winner.seq} was created by run {winner.run_id} for {winner.generation} at {winner.at.isoformat()}"
-    return AlreadyExists(
-        f"alias `{alias}`: {won}. {entry.generation} was built on entry {entry.parent_seq} and stays unpublished: plan again."
-    )
+    lost = f"The {entry.action} of {entry.generation} started from entry {entry.parent_seq} and did not happen"
+    return AlreadyExists(f"alias `{alias}`: {won}. {lost}: plan again from the new entry.")
 
 
 def _own_entry(store: Store, alias: str, head: LogEntry | None, *, run_id: str, action: Action, since: datetime) -> LogEntry | None:
@@ -276,10 +274,7 @@ def _check_objects(store: Store, manifest: Manifest, *, verify: Verify) -> None:
     store.sync([*(item.key for item in manifest.objects), _manifest_key(manifest.generation)])
 
 
-def _entry(manifest: Manifest, sha256: str, *, seq: int, action: Action, run_id: str, reason: str, clock: Clock) -> LogEntry:
-    at = clock()
-    if at.tzinfo is None:
-        raise InputError(f"the clock gave {at} without a time zone. Pass one that does, such as `lambda: datetime.now(UTC)`.")
+def _entry(manifest: Manifest, sha256: str, *, seq: int, action: Action, run_id: str, reason: str, at: datetime) -> LogEntry:
     return LogEntry(
         seq=seq,
         parent_seq=seq - 1,
@@ -290,8 +285,15 @@ def _entry(manifest: Manifest, sha256: str, *, seq: int, action: Action, run_id:
         nonce=secrets.token_hex(16),
         reason=reason,
         hold=False,
-        at=at.astimezone(UTC),
+        at=at,
     )
+
+
+def _now(clock: Clock) -> datetime:
+    at = clock()
+    if at.tzinfo is None:
+        raise InputError(f"the clock gave {at} without a time zone. Pass one that does, such as `lambda: datetime.now(UTC)`.")
+    return at.astimezone(UTC)
 
 
 def _read_manifest(store: Store, generation: str, *, expected_sha256: str | None = None) -> tuple[Manifest, str]:

@@ -1,11 +1,12 @@
 """The one face that reading and planning show to Ray: shards through a function, and arguments through a function.
 
-Order is not kept, and nothing above this module may depend on it. A task that dies with its worker is tried again
-three times, Ray's default for tasks (actors would be restarted for ever); an error that the code raised on purpose comes back as itself, without Ray's wrapping.
+Order is not kept, and nothing above this module may depend on it. A task that dies with its worker is tried again a
+bounded number of times; an error that the code raised on purpose comes back as itself, without Ray's wrapping.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ from typing import Any, Protocol
 import pyarrow as pa
 import ray
 import ray.data
-import ray.exceptions
+import ray.util.annotations
 
 from pipelines.contracts import Shard
 from pipelines.errors import CatalogEmbedError
+
+
+_RETRIES = 3
 
 
 class Prepare(Protocol):
@@ -32,14 +36,15 @@ class Prepare(Protocol):
 class _ReadShards:
     """Opens the shards whose numbers a block holds and prepares their batches."""
 
-    shards: Sequence[Shard]
+    shards: Sequence[Any]
     prepare: Prepare
 
     def __call__(self, numbers: pa.Table) -> Iterator[pa.Table]:
         for number in numbers.column(0).to_pylist():
+            shard: Shard = ray.get(self.shards[number])
             first_row = 0
-            for batch in self.shards[number].open():
-                yield self.prepare(batch, shard=self.shards[number].name, first_row=first_row)
+            for batch in shard.open():
+                yield self.prepare(batch, shard=shard.name, first_row=first_row)
                 first_row += batch.num_rows
 
 
@@ -47,16 +52,20 @@ def scan(shards: Sequence[Shard], prepare: Prepare) -> Iterator[pa.Table]:
     """Read every shard on the cluster and stream what `prepare` made of its batches, as they finish."""
     if not shards:
         return
-    dataset = ray.data.range(len(shards), override_num_blocks=len(shards)).map_batches(
-        _ReadShards(shards, prepare), batch_size=1, batch_format="pyarrow", zero_copy_batch=True
-    )
+    # References, so that a task fetches the shards it reads and no others: one over a table in memory carries its rows.
+    read = _ReadShards([ray.put(shard) for shard in shards], prepare)
+    with warnings.catch_warnings():
+        # The named parameters that Ray recommends instead lack this one; without it a crashing task is retried for ever.
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        numbers = ray.data.range(len(shards), override_num_blocks=len(shards))
+        dataset = numbers.map_batches(read, batch_size=1, batch_format="pyarrow", zero_copy_batch=True, max_retries=_RETRIES)
     with _own_errors():
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def spread(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], *, in_flight: int) -> Iterator[Any]:
     """Call a function with each of the arguments on the cluster, at most `in_flight` at a time; results as they finish."""
-    task = ray.remote(function)
+    task = ray.remote(max_retries=_RETRIES)(function)
     waiting: list[Any] = []
     with _own_errors():
         for argument in arguments:
