@@ -20,7 +20,6 @@ import ray.util.annotations
 from pipelines.contracts import Shard
 from pipelines.errors import CatalogEmbedError
 
-
 _RETRIES = 3
 
 

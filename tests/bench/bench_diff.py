@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from pipelines.diff import DiffOptions, count_actions, count_texts, diff, with_ids
 from pipelines.hashes import as_uuids
 from pipelines.schema import HASH, ID, PUBLISHED, SCANNED, SHARD
+from tests.memory import peak_mb
 
 CHUNK = 1 << 20
 BARE = """
@@ -81,7 +81,7 @@ def measure(what: str, folder: Path, memory_mb: int) -> dict[str, float]:
             count_texts(outcome.changes, previous, options=options)
             with_ids(outcome.changes, previous, current, outcome=folder / "named.parquet", options=options)
         actions = count_actions(outcome.changes) | {"same": outcome.same}
-    return {"seconds": time.perf_counter() - begin, "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **actions}
+    return {"seconds": time.perf_counter() - begin, "rss_mb": peak_mb(), **actions}
 
 
 def main() -> None:

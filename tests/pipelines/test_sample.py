@@ -319,12 +319,12 @@ def test_same_spec_writes_the_same_bytes(tmp_path: Path) -> None:
 
 def test_memory_of_write_does_not_grow_with_the_catalog(tmp_path: Path) -> None:
     code = (
-        "import resource, sys; from pathlib import Path; from pipelines.sample.catalog import SampleSpec, write;"
+        "import sys; from pathlib import Path; from pipelines.sample.catalog import SampleSpec, write; from tests.memory import peak_mb;"
         "write(Path(sys.argv[1]), SampleSpec(products=int(sys.argv[2])));"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(peak_mb())"
     )
     peaks = [
-        int(subprocess.run([sys.executable, "-c", code, tmp_path, str(rows)], check=True, capture_output=True, text=True).stdout) / 1024
+        int(subprocess.run([sys.executable, "-c", code, tmp_path, str(rows)], check=True, capture_output=True, text=True).stdout)
         for rows in (131_072, 786_432)
     ]
     assert peaks[1] < 600
