@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from jobs.settings import SECTIONS
 from pipelines.normalize.reasons import REASONS
 from pipelines.report import LATE_REASONS
@@ -94,13 +92,6 @@ def test_settings_that_the_docs_name_exist() -> None:
     for page in ("operations.md", "architecture.md"):
         for name in re.findall(r"`((?:source|document|store|plan|gates|publish|ray): \w+)", (ROOT / "docs" / page).read_text()):
             assert name in known, f"{page}: {name}"
-
-
-@pytest.mark.parametrize("word", ["/work/", "session", "sub-agent", "helper agent"])
-def test_pages_speak_of_the_product_alone(word: str) -> None:
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
-        text = page.read_text().replace("session_token", "").replace("session-scoped", "")
-        assert word not in text.lower(), page.name
 
 
 def test_shell_words_of_readme_commands_parse() -> None:
