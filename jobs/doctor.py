@@ -53,7 +53,7 @@ def _run(name: str, look: Callable[[], str]) -> Check:
 
 def _look_at_source(settings: Settings) -> str:
     """Pin the source, and read the first batch so that a wrong mapping shows here and not at night."""
-    source = open_source(settings.source, columns=settings.columns, fields=settings.schema.fields)
+    source = open_source(settings.source, columns=settings.columns_read, fields=settings.schema.fields)
     pin = source.snapshot()
     shards = source.read(Window(since=None, until=datetime.now(tz=UTC)))
     first = next((batch for shard in shards[:1] for batch in shard.open()), None)

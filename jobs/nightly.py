@@ -64,7 +64,7 @@ def planned(settings: Settings, night: Night) -> Iterator[Planned]:
     now = night.now or datetime.now(tz=UTC)
     base = open_base(settings)
     window = resolve(night.since, now=now, tz=settings.zone, lookback=settings.plan.lookback, watermark=base.watermark if base else None)
-    source = open_source(settings.source, columns=settings.columns, fields=settings.schema.fields)
+    source = open_source(settings.source, columns=settings.columns_read, fields=settings.schema.fields)
     request = PlanRequest(
         alias=settings.publish.alias,
         window=window,

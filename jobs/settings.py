@@ -163,6 +163,11 @@ class Settings:
         """What the join may use."""
         return DiffOptions(memory_mb=self.plan.memory_mb, threads=self.plan.threads)
 
+    @property
+    def columns_read(self) -> ColumnMap:
+        """The column map without what nothing reads."""
+        return self.columns if self.template.uses_attributes else replace(self.columns, attributes=None)
+
     def normalizing(self, window: Window) -> NormalizeOptions:
         """How rows of a window are normalised."""
         document = self.document
@@ -202,6 +207,10 @@ def load(path: Path, *, target: str | None = None, overrides: Mapping[str, Any] 
         ray=build(Cluster, "ray", layer),
         origins=layer,
     )
+    if settings.template.uses_attributes and settings.columns.attributes is None:
+        raise InputError(
+            "the template reads `attributes`, but `source.attributes` does not say where they are. Map it, or drop them from the template."
+        )
     # Every mistake that can be found without reading a row is found here.
     settings.zone, settings.schema, settings.limits, settings.normalizing(Window(since=None, until=datetime.now(tz=settings.zone)))
     return settings

@@ -9,7 +9,7 @@ from jobs.config import FILE_NAME, read_file
 from jobs.settings import SECTIONS, Settings, load
 from pipelines.errors import InputError
 
-MINIMAL = "project: shop\nsource: { type: parquet, path: catalog/ }\n"
+MINIMAL = "project: shop\nsource: { type: parquet, path: catalog/, attributes: attributes }\n"
 
 
 def written(folder: Path, text: str) -> Path:
@@ -82,6 +82,7 @@ def test_layers_win_in_order_and_every_value_knows_its_origin(tmp_path: Path, mo
         ("", "holds no settings"),
         ("project: !!python/object/apply:os.system [ls]\n", "not valid YAML"),
         ("source: { type: parquet, path: x }\n", "`.project` is missing|`project` is missing"),
+        ("project: shop\nsource: { type: parquet, path: x }\n", "does not say where they are"),
         ("project: shop\nsource: { type: parqet, path: x }\n", "Did you mean `parquet`|parqet"),
         ("project: shop\nsource: { type: parquet, path: '${NOT_THERE}' }\n", "`NOT_THERE`, which is not set"),
         ("project: shop\nsource: { type: parquet, path: x, deleted: is_active }\n", "column: ..., equals: ..."),
@@ -118,7 +119,7 @@ def test_an_alias_bomb_and_a_huge_file_are_refused_before_they_expand(tmp_path: 
 def test_secrets_are_never_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOP_KEY", "canary-one")
     text = (
-        "project: shop\nsource: { type: parquet, path: s3://bucket/x }\n"
+        "project: shop\nsource: { type: parquet, path: s3://bucket/x, attributes: a }\n"
         "store: { root: s3://bucket/index, options: { access_key_id: '${SHOP_KEY}', secret_access_key: canary-three, session_token: canary-four, region: eu-1 } }\n"
     )
     loaded = settings(tmp_path, text)

@@ -161,7 +161,7 @@ ROWS = st.lists(
     max_size=14,
 )
 STATES = st.dictionaries(IDS, st.tuples(st.sampled_from("xyz"), st.sampled_from("ab")), max_size=9)
-RUNS = settings(max_examples=40, deadline=None)
+RUNS = settings(max_examples=25, deadline=None)
 
 
 @given(STATES, ROWS, st.booleans(), st.none() | st.sets(IDS))
@@ -317,7 +317,7 @@ def nights(shop: Shop, *, lookback: int) -> Iterator[tuple[State, State]]:
 
 
 @given(st.randoms(use_true_random=False))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_since_converges_to_the_full_plan_for_lateness_and_skew_within_the_lookback(chance: random.Random) -> None:
     for reached, wanted in nights(Shop(chance, late=40, skew=20, rows={}, waiting=[]), lookback=60):
         assert reached == wanted
