@@ -48,7 +48,8 @@ def publish_state(settings: Settings, rows: pa.Table, result: Planned, *, now: d
     head = current(store, settings.publish.alias)
     generation = next_generation(store)
     uri = f"tables/{generation}.lance"
-    table = lance.write_dataset(rows, store.uri(uri), data_storage_version="2.2")
+    options = dict(settings.store.options) or None
+    table = lance.write_dataset(rows, store.uri(uri), data_storage_version="2.2", storage_options=options)
     plan = result.plan
     manifest = Manifest(
         generation=generation,

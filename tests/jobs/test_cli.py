@@ -21,6 +21,7 @@ import pytest
 from jobs.cli import main
 from pipelines.sample.nights import changes
 from pipelines.sample.spec import SampleSpec, day
+from tests.conftest import S3Server
 from tests.publishing import publish_catalog
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -100,6 +101,23 @@ def test_the_plan_after_a_night_is_the_truth_about_that_night(run: Run, shop: Pa
         table = pq.read_table(out / "changes.parquet").to_pydict()
         assert dict(zip(table["id"], table["action"], strict=True)) == wanted
         assert found.json["unseen"] == 0
+
+
+def test_catalog_and_store_on_s3_give_the_same_plan(run: Run, shop: Path, s3: S3Server) -> None:
+    bucket = s3.bucket()
+    options = json.dumps(s3.options)
+    edit(shop, "path: catalog/", f"path: s3://{bucket}/catalog/\n  options: {options}")
+    edit(shop, "store: { root: index }", f"store: {{ root: s3://{bucket}/index, options: {options} }}")
+    for night in (0, 1):
+        assert run("init", shop.parent, "--products", PRODUCTS, "--night", night).code == 0
+        s3.client().upload_file(str(shop.parent / "catalog" / "part-00000.parquet"), bucket, "catalog/part-00000.parquet")
+        if night == 0:
+            publish_catalog(shop, now=day(1) + timedelta(hours=2))
+    truth = changes(SPEC, night=1)["action"].to_pylist()
+    found = run("-c", shop, "plan", "--now", at(1), "--output", "json")
+    assert found.code == 0, found.err
+    assert {action: found.json["actions"][action] for action in set(truth)} == {action: truth.count(action) for action in set(truth)}
+    assert run("-c", shop, "doctor").code == 0
 
 
 def test_a_night_without_changes_has_nothing_to_do_and_nothing_to_embed(run: Run, shop: Path) -> None:
