@@ -6,18 +6,25 @@ import pickle
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.contracts import ColumnMap, DeletedRule, Shard, Source, Window
 from pipelines.errors import InputError, SourceMoved
+from pipelines.generation import PlanRequest, make_plan
+from pipelines.hashes import attr_hashes
+from pipelines.normalize import NormalizeOptions
 from pipelines.normalize.moments import moments
-from pipelines.schema import ATTRIBUTES, DELETED, ID, UPDATED_AT
+from pipelines.plan import Limits
+from pipelines.schema import ATTRIBUTES, DELETED, ID, TOMBSTONE, UPDATED_AT, ProductSchema
 from pipelines.sources import open_source
+from pipelines.text import parse
 from tests.pipelines import shops
 from tests.pipelines.shops import Shop, product, table
 
@@ -256,3 +263,36 @@ def test_neither_shards_nor_pins_show_what_is_secret(shop: Shop) -> None:
     shown = f"{source!r} {shop.spec()!r} {pin!r} {pin.to_json()} {source.read(ALL)!r} {[shard.name for shard in source.ids()]}"
     assert "canary" not in shown
     assert "secret_access_key" not in shown
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_on_ray_every_source_gives_the_same_products_to_the_byte(shop: Shop, tmp_path: Path) -> None:
+    shop.write(PARTS)
+    schema = ProductSchema(text=("title", "brand"), filters={"price": "float"})
+    request = PlanRequest(
+        alias="prod",
+        window=ALL,
+        zone="UTC",
+        lookback=timedelta(0),
+        template=parse("{{ title }} | {{ brand }} | {{ attributes | pairs(5) }}"),
+        normalizing=NormalizeOptions(schema=schema, deleted=MAP.deleted, now=LATER),
+        limits=Limits(),
+    )
+    result = make_plan(opened(shop), base=None, request=request, work=tmp_path / "work")
+    assert result.plan.rows.read == len(ROWS)
+    assert result.plan.rejected == {}
+    found = pa.concat_tables([pq.read_table(path) for path in result.current]).to_pylist()
+    texts = {
+        row["sku"]: " | ".join([*(" ".join(row[name].split()) for name in ("name", "brand") if row[name]), _pairs(row)]) for row in ROWS
+    }
+    assert {row["id"]: row["text_hash"].bytes for row in found} == {
+        sku: blake2b(text.encode(), digest_size=16, person=b"catalog-embed-tx").digest() for sku, text in texts.items()
+    }
+    prices = pa.table({"locale": ["und"] * len(ROWS), "price": pa.array([row["price"] for row in ROWS], pa.float64())})
+    wanted = dict(zip((row["sku"] for row in ROWS), attr_hashes(prices, schema).to_pylist(), strict=True))
+    assert {row["id"]: row["attr_hash"].bytes for row in found} == wanted
+    assert {row["id"]: row["state"] == TOMBSTONE for row in found} == {row["sku"]: not row["live"] for row in ROWS}
+
+
+def _pairs(row: dict[str, Any]) -> str:
+    return ", ".join(f"{key}: {row[f'attr_{key}']}" for key in ("color", "size") if row[f"attr_{key}"])
