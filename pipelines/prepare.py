@@ -74,14 +74,8 @@ class Prepared:
 
 
 def _folded(table: pa.Table) -> pa.ListArray:
-    structs = pa.concat_arrays(
-        [chunk for batch in table.combine_chunks().to_batches() for chunk in [batch.to_struct_array()]] or [_no_structs(table)]
-    )
+    structs = table.to_struct_array().combine_chunks()
     return pa.ListArray.from_arrays(pa.array([0, len(structs)], pa.int32()), structs)
-
-
-def _no_structs(table: pa.Table) -> pa.StructArray:
-    return pa.array([], pa.struct(list(table.schema)))
 
 
 def _unfolded(column: pa.ListArray, index: int, schema: pa.Schema) -> pa.Table:
