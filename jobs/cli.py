@@ -131,7 +131,13 @@ def init(directory: Path, products: int, seed: int, night: int | None) -> None:
 @click.option(
     "--explain", is_flag=True, help="Show where every number comes from: reasons of rejects and repairs, guards, template, deletes."
 )
-@click.option("--sample", type=click.IntRange(0, 1000), default=0, metavar="N", help="Show the ids of up to N products for each action.")
+@click.option(
+    "--sample",
+    type=click.IntRange(0, 1000),
+    default=0,
+    metavar="N",
+    help="Show up to N products for each action, with the text that the tower would read. Reads the window once more.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -177,19 +183,21 @@ def plan(
     """
     from jobs.nightly import Night, planned
     from jobs.settings import load
-    from pipelines.generation import sample_changes, save
+    from pipelines.generation import save
     from pipelines.report import plan_text
 
     night = Night(since=since, now=_moment(now), deletes=deletes, verbose=obj["verbose"] > 0)
     settings = load(_config(obj), target=obj["target"], overrides={"ray.address": ray_address})
-    with planned(settings, night) as result:
+    with planned(settings, night) as found:
+        result = found.result
         if out is not None:
             save(result, out)
-        samples = sample_changes(result, limit=sample) if sample else {}
+        samples = found.samples(sample) if sample else {}
         if output == "text":
             click.echo(plan_text(result.plan, explain=explain, samples=samples), nl=False)
         else:
-            data = result.plan.to_json() | ({"samples": samples} if sample else {})
+            listed = {action: [{"id": name, "text": text} for name, text in items] for action, items in samples.items()}
+            data = result.plan.to_json() | ({"samples": listed} if sample else {})
             click.echo(json.dumps(data, indent=2 if output == "json" else None, sort_keys=True, ensure_ascii=True))
         code = result.plan.exit_code
         changed = result.plan.actions.changed

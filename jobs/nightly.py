@@ -12,11 +12,12 @@ from pathlib import Path
 from jobs.cluster import connected
 from jobs.logs import event
 from jobs.settings import Settings
-from pipelines.contracts import Window
+from pipelines.contracts import Source, Window
 from pipelines.errors import ManifestError
-from pipelines.generation import Base, Planned, PlanRequest, make_plan
+from pipelines.generation import Base, Planned, PlanRequest, make_plan, sample_changes, texts_of
 from pipelines.plan import Deletes
 from pipelines.publish import current, open_manifest
+from pipelines.schema import ADD, TEXT
 from pipelines.sources import open_source
 from pipelines.storage import Store
 from pipelines.window import resolve
@@ -58,14 +59,37 @@ def open_base(settings: Settings) -> Base | None:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlannedNight:
+    """A plan with its files, and what it was made from, so that one may look closer."""
+
+    result: Planned
+    source: Source
+    request: PlanRequest
+
+    def samples(self, limit: int) -> dict[str, list[tuple[str, str]]]:
+        """Return up to `limit` products for each action, as id and text; what goes has no text."""
+        chosen = sample_changes(self.result, limit=limit)
+        texts = texts_of(self.source, [name for action in (ADD, TEXT) for name in chosen[action]], self.request)
+        return {action: [(name, texts.get(name, "")) for name in names] for action, names in chosen.items()}
+
+
 @contextmanager
-def planned(settings: Settings, night: Night) -> Iterator[Planned]:
+def planned(settings: Settings, night: Night) -> Iterator[PlannedNight]:
     """Plan a night. The plan's files live until the block ends; nothing is written to the store."""
-    now = night.now or datetime.now(tz=UTC)
     base = open_base(settings)
-    window = resolve(night.since, now=now, tz=settings.zone, lookback=settings.plan.lookback, watermark=base.watermark if base else None)
     source = open_source(settings.source, columns=settings.columns_read, fields=settings.schema.fields)
-    request = PlanRequest(
+    request = _request(settings, night, base)
+    with tempfile.TemporaryDirectory(prefix="catalog-embed-") as work, connected(settings.ray.address, verbose=night.verbose):
+        event("plan.started", alias=request.alias, base=base.generation if base else "none", since=_shown(request.window))
+        yield PlannedNight(result=make_plan(source, base=base, request=request, work=Path(work)), source=source, request=request)
+
+
+def _request(settings: Settings, night: Night, base: Base | None) -> PlanRequest:
+    now = night.now or datetime.now(tz=UTC)
+    watermark = base.watermark if base else None
+    window = resolve(night.since, now=now, tz=settings.zone, lookback=settings.plan.lookback, watermark=watermark)
+    return PlanRequest(
         alias=settings.publish.alias,
         window=window,
         zone=settings.project.timezone,
@@ -77,9 +101,6 @@ def planned(settings: Settings, night: Night) -> Iterator[Planned]:
         diff=settings.diff,
         partitions=settings.plan.partitions or _partitions(base),
     )
-    with tempfile.TemporaryDirectory(prefix="catalog-embed-") as work, connected(settings.ray.address, verbose=night.verbose):
-        event("plan.started", alias=request.alias, base=base.generation if base else "none", since=_shown(window))
-        yield make_plan(source, base=base, request=request, work=Path(work))
 
 
 def _partitions(base: Base | None) -> int:

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -22,7 +22,7 @@ from pipelines.diff import Difference, DiffOptions, combine, count_texts, diff, 
 from pipelines.errors import InputError, PlanError, SourceMoved
 from pipelines.normalize import NormalizeOptions
 from pipelines.plan import ActionCounts, Deletes, Embedding, Limits, Plan, RowCounts, check
-from pipelines.prepare import Prepared, Preparer, PresentIds
+from pipelines.prepare import Prepared, Preparer, PresentIds, TextsOf
 from pipelines.schema import (
     ATTR,
     DELETE,
@@ -170,6 +170,13 @@ def save(planned: Planned, directory: Path) -> None:
 def sample_changes(planned: Planned, *, limit: int) -> dict[str, list[str]]:
     """Return up to `limit` ids for each action: the ones with the smallest hashes, so always the same."""
     return first_ids(planned.changes, planned.previous, planned.current, limit=limit)
+
+
+def texts_of(source: Source, ids: Sequence[str], request: PlanRequest) -> dict[str, str]:
+    """Read the source once more and return the texts of these products, as the tower would read them."""
+    look = TextsOf(normalizing=request.normalizing, template=request.template, ids=tuple(ids))
+    rows = [row for table in scan(source.read(request.window), look) for row in table.to_pylist()] if ids else []
+    return {row[ID]: row["text"] for row in rows}
 
 
 def _read_sides(source: Source, base: Base | None, request: PlanRequest, work: Path) -> _Sides:

@@ -145,6 +145,21 @@ class PresentIds:
         return pa.table({ID_HASH: id_hashes(live.column(ID).combine_chunks())})
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextsOf:
+    """Renders a few products, by id: what a person wants to see of a plan. Picklable, as `Preparer`."""
+
+    normalizing: NormalizeOptions
+    template: Template
+    ids: tuple[str, ...]
+
+    def __call__(self, batch: pa.RecordBatch, *, shard: str, first_row: int) -> pa.Table:
+        """Return id and text of the batch's products that were asked for."""
+        products = normalize(batch, self.normalizing, shard=shard, first_row=first_row).products
+        chosen = products.filter(pc.is_in(products.column(ID), pa.array(self.ids, pa.string())))
+        return pa.table({ID: chosen.column(ID), "text": render(self.template, chosen.combine_chunks())})
+
+
 def _empty_text(products: pa.Table, numbers: np.ndarray, empty: pa.BooleanArray, shard: str) -> pa.Table:
     """Quarantine live products that the template renders to nothing."""
     ids = products.column(ID).filter(empty).combine_chunks()

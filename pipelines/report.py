@@ -15,13 +15,15 @@ LATE_REASONS: Mapping[str, tuple[str, str]] = {
     "duplicate_id": ("another row has the same id, is equally new and says something else", "Keep one row for each id."),
 }
 
+_SAMPLE_CHARACTERS = 120
 
-def plan_text(plan: Plan, *, explain: bool = False, samples: Mapping[str, Sequence[str]] | None = None) -> str:
+
+def plan_text(plan: Plan, *, explain: bool = False, samples: Mapping[str, Sequence[tuple[str, str]]] | None = None) -> str:
     """Lay a plan out on a screen."""
     lines = [*_head(plan), *_body(plan), *_guards(plan)]
     if samples:
         lines += ["", "Samples"]
-        lines += [f"  {action:<8} {', '.join(printable(name) for name in names)}" for action, names in samples.items() if names]
+        lines += [f"  {action:<8}  {printable(name)}  {_short(text)}".rstrip() for action, items in samples.items() for name, text in items]
     if explain:
         lines += ["", *_explained(plan)]
     return "\n".join(lines) + "\n"
@@ -30,6 +32,10 @@ def plan_text(plan: Plan, *, explain: bool = False, samples: Mapping[str, Sequen
 def printable(text: str) -> str:
     """Show catalog text without letting it move the cursor, forge a line or reorder what is read."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _short(text: str) -> str:
+    return printable(text if len(text) <= _SAMPLE_CHARACTERS else text[: _SAMPLE_CHARACTERS - 3] + "...")
 
 
 def _head(plan: Plan) -> Iterator[str]:

@@ -24,8 +24,8 @@ from pipelines.storage import Store
 def publish_catalog(config: Path, *, now: datetime) -> str:
     """Plan the whole catalog and publish its live products as the next generation; return its id."""
     settings = load(config)
-    with planned(settings, Night(since="beginning", now=now)) as result:
-        return publish_state(settings, live_rows(result), result, now=now)
+    with planned(settings, Night(since="beginning", now=now)) as night:
+        return publish_state(settings, live_rows(night.result), night.result, now=now)
 
 
 def live_rows(result: Planned) -> pa.Table:

@@ -147,8 +147,11 @@ def test_explain_and_sample_show_reasons_and_ids(run: Run, shop: Path) -> None:
     found = run("-c", shop, "plan", "--explain", "--sample", 2)
     assert "Explained" in found.out
     assert "digest" in found.out
-    line = next(line for line in found.out.splitlines() if line.strip().startswith("add"))
-    assert line.count(",") == 1
+    lines = [line.split("  ", 3) for line in found.out.splitlines() if line.startswith("  add")]
+    assert len(lines) == 2
+    assert all(" | " in line[-1] for line in lines)
+    samples = run("-c", shop, "plan", "--sample", 2, "--output", "json").json["samples"]
+    assert [sample["id"] for sample in samples["add"]] == [line[2].strip().split()[-1] for line in lines]
 
 
 def test_jsonl_is_one_line(run: Run, shop: Path) -> None:
@@ -320,9 +323,9 @@ def test_the_driver_does_not_grow_with_the_catalog(run: Run, tmp_path: Path) -> 
         "with connected('local'):\n"
         "    for folder in sys.argv[1:]:\n"
         "        settings = load(Path(folder) / 'catalog-embed.yaml', overrides={'plan.memory_mb': 64})\n"
-        "        with watched() as peak, planned(settings, Night(since='beginning')) as result:\n"
+        "        with watched() as peak, planned(settings, Night(since='beginning')) as night:\n"
         "            pass\n"
-        "        print(result.plan.rows.live, peak[0])"
+        "        print(night.result.plan.rows.live, peak[0])"
     )
     folders = [str(tmp_path / str(products)) for products in counts]
     done = subprocess.run(

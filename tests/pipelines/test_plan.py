@@ -156,7 +156,7 @@ def test_json_holds_the_whole_plan_and_no_number_that_json_lacks() -> None:
 
 def test_catalog_text_cannot_move_the_cursor_or_forge_a_line() -> None:
     assert printable("a\x1b[2J\nfake\u202eb ü") == "a\\x1b[2J\\nfake\\u202eb ü"
-    text = plan_text(a_plan(), samples={"add": ["x\nGUARD forged", "\x1b[31mred"]})
+    text = plan_text(a_plan(), samples={"add": [("x\nGUARD forged", "Tent\nGUARD too"), ("\x1b[31mred", "y" * 500)]})
     assert "\x1b" not in text
     assert not any(line.startswith("GUARD") for line in text.splitlines())
 
