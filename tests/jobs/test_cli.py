@@ -147,11 +147,12 @@ def test_explain_and_sample_show_reasons_and_ids(run: Run, shop: Path) -> None:
     found = run("-c", shop, "plan", "--explain", "--sample", 2)
     assert "Explained" in found.out
     assert "digest" in found.out
-    lines = [line.split("  ", 3) for line in found.out.splitlines() if line.startswith("  add")]
+    lines = [line.split(maxsplit=2) for line in found.out.splitlines() if line.startswith("  add")]
     assert len(lines) == 2
-    assert all(" | " in line[-1] for line in lines)
+    assert all(" | " in text for _, _, text in lines)
     samples = run("-c", shop, "plan", "--sample", 2, "--output", "json").json["samples"]
-    assert [sample["id"] for sample in samples["add"]] == [line[2].strip().split()[-1] for line in lines]
+    assert [sample["id"] for sample in samples["add"]] == [name for _, name, _ in lines]
+    assert all(" | " in sample["text"] for sample in samples["add"])
 
 
 def test_jsonl_is_one_line(run: Run, shop: Path) -> None:
