@@ -47,6 +47,9 @@ from pipelines.workers import scan, spread
 
 DUPLICATE_ID = "duplicate_id"
 
+# For catalogs so small that no text falls into the sample.
+_TOKENS_PER_BYTE = 0.25
+
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
@@ -298,5 +301,6 @@ def _judge(sides: _Sides, difference: Difference, base: Base | None, request: Pl
 def _embedding(sides: _Sides, difference: Difference, request: PlanRequest) -> Embedding:
     """Count the texts to embed; their tokens follow from the share of tokens in the bytes of the sampled texts."""
     texts = count_texts(difference.changes, sides.previous, options=request.diff)
-    ratio = sides.tally.sample_tokens / sides.tally.sample_bytes if sides.tally.sample_bytes else 0.0
+    tally = sides.tally
+    ratio = tally.sample_tokens / tally.sample_bytes if tally.sample_bytes else _TOKENS_PER_BYTE
     return Embedding(rows=texts.rows, texts=texts.texts, reused=texts.reused, tokens=round(texts.text_bytes * ratio))

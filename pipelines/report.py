@@ -55,13 +55,13 @@ def _body(plan: Plan) -> Iterator[str]:
     yield f"  rows      {rows.live:,} live   {rows.deleted:,} tombstones   {rows.duplicate:,} duplicates   {rows.quarantined:,} quarantined"
     if embedding.rows:
         saved = embedding.rows - embedding.texts
-        yield f"  embed     {embedding.texts - embedding.reused:,} texts ({saved:,} identical, {embedding.reused:,} embedded before), about {_tokens(embedding.tokens)} tokens"
+        yield f"  embed     {_count(embedding.texts - embedding.reused, 'text')} ({saved:,} identical, {embedding.reused:,} embedded before), about {_tokens(embedding.tokens)} tokens"
     else:
         yield "  embed     nothing: no forward pass"
     if not plan.deletes_checked:
         yield f"  WARNING   deletes: NOT CHECKED (--deletes {plan.deletes}); products that vanished from the feed stay in the index"
     if plan.unseen:
-        yield f"  WARNING   {plan.unseen:,} products are in the catalog but in neither the window nor the index; run `plan --since beginning`"
+        yield f"  WARNING   {_count(plan.unseen, 'product')} in the catalog but in neither the window nor the index; run `plan --since beginning`"
     if not actions.changed:
         yield "  nothing to do: the index is in step with the catalog"
 

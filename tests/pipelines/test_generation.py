@@ -126,6 +126,7 @@ def test_a_first_plan_adds_every_live_product_and_accounts_for_every_row(tmp_pat
     assert (found.rows.read, found.rows.live, found.rows.deleted, found.rows.quarantined) == (11, 7, 2, 2)
     assert found.rejected == {"null_id": 1, "unsafe_id": 1}
     assert (found.embedding.rows, found.embedding.texts, found.embedding.reused) == (7, 4, 0)
+    assert found.embedding.tokens > 0
 
 
 def test_a_full_plan_tells_add_text_attr_and_both_kinds_of_delete_apart(tmp_path: Path) -> None:

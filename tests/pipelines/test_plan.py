@@ -110,7 +110,7 @@ def test_a_plan_reads_as_promised() -> None:
 def test_what_was_not_checked_and_what_was_missed_is_loud() -> None:
     text = plan_text(a_plan(deletes="off", deletes_checked=False, unseen=5))
     assert "WARNING   deletes: NOT CHECKED" in text
-    assert "5 products are in the catalog but in neither the window nor the index" in text
+    assert "5 products in the catalog but in neither the window nor the index" in text
 
 
 def test_a_plan_without_changes_says_so() -> None:
