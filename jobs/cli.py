@@ -34,6 +34,19 @@ class _Group(click.Group):
             raise click.UsageError(advice, ctx=ctx) from error
 
 
+class _Command(click.Command):
+    """Says where an option belongs that stands behind the subcommand."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if not any(error.option_name in item.opts for item in cli.params):
+                raise
+            advice = f"`{error.option_name}` belongs before the subcommand: `catalog-embed {error.option_name} ... {self.name}`."
+            raise click.UsageError(advice, ctx=ctx) from error
+
+
 @click.group(
     cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "CATALOG_EMBED", "max_content_width": 110}
 )
@@ -79,7 +92,7 @@ def cli(ctx: click.Context, config: Path | None, target: str | None, verbose: in
     ctx.obj = {"config": config, "target": target, "verbose": verbose}
 
 
-@cli.command()
+@cli.command(cls=_Command)
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
     "--products",
@@ -114,7 +127,7 @@ def init(directory: Path, products: int, seed: int, night: int | None) -> None:
     click.echo(f"next: catalog-embed -c {directory / 'catalog-embed.yaml'} plan --since beginning")
 
 
-@cli.command()
+@cli.command(cls=_Command)
 @click.option(
     "--since",
     default="last",
@@ -183,11 +196,13 @@ def plan(
     """
     from jobs.nightly import Night, planned
     from jobs.settings import load
-    from pipelines.generation import save
+    from pipelines.generation import make_room, save
     from pipelines.report import plan_text
 
     night = Night(since=since, now=_moment(now), deletes=deletes, verbose=obj["verbose"] > 0)
     settings = load(_config(obj), target=obj["target"], overrides={"ray.address": ray_address})
+    if out is not None:
+        make_room(out)
     with planned(settings, night) as found:
         result = found.result
         if out is not None:
@@ -204,7 +219,7 @@ def plan(
     sys.exit(code or (CHANGES_PRESENT if detailed_exitcode and changed else 0))
 
 
-@cli.command()
+@cli.command(cls=_Command)
 @click.option(
     "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="text for people, json for programs."
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ from pipelines.errors import InputError
 
 # Shared memory for blocks in flight. Ray's default is a third of the machine.
 _LOCAL_OBJECT_STORE_BYTES = 512 << 20
+_REACH_S = 5.0
 
 
 @contextmanager
@@ -25,6 +27,7 @@ def connected(address: str, *, verbose: bool = False) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _check_reachable(address)
     quiet = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
     local = {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES} if address == "local" else {}
     try:
@@ -36,6 +39,19 @@ def connected(address: str, *, verbose: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Fail in seconds where nobody listens; Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        if address not in ("local", "auto"):
+            raise InputError(f"`{address}` is no Ray address. Use local, auto, host:port or ray://host:port.")
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_REACH_S).close()
+    except OSError as error:
+        raise InputError(f"cannot reach Ray at `{address}`: {error}. Use `--ray-address local`, or start the cluster first.") from error
 
 
 def _quieten(*, verbose: bool) -> None:

@@ -88,7 +88,9 @@ def planned(settings: Settings, night: Night) -> Iterator[PlannedNight]:
 def _request(settings: Settings, night: Night, base: Base | None) -> PlanRequest:
     now = night.now or datetime.now(tz=UTC)
     watermark = base.watermark if base else None
-    window = resolve(night.since, now=now, tz=settings.zone, lookback=settings.plan.lookback, watermark=watermark)
+    # A catalog without update times cannot be narrowed, so its nights read everything.
+    since = "beginning" if night.since == "last" and settings.columns.updated_at is None else night.since
+    window = resolve(since, now=now, tz=settings.zone, lookback=settings.plan.lookback, watermark=watermark)
     return PlanRequest(
         alias=settings.publish.alias,
         window=window,

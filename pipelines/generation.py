@@ -159,11 +159,20 @@ def make_plan(source: Source, *, base: Base | None, request: PlanRequest, work: 
     )
 
 
+def make_room(directory: Path) -> None:
+    """Make the folder for a plan to be saved in; refuse one that holds anything, before any work is done."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        taken = any(directory.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot save a plan in {directory}: {error.strerror}. Choose a folder that you may write to.") from error
+    if taken:
+        raise InputError(f"{directory} is not empty. A plan is never written over another: choose a new folder for --out.")
+
+
 def save(planned: Planned, directory: Path) -> None:
     """Write a plan where `apply` finds it: changes with ids, quarantined rows, and plan.json last, which makes it whole."""
-    if directory.exists() and any(directory.iterdir()):
-        raise InputError(f"{directory} is not empty. A plan is never written over another: choose a new folder for --out.")
-    directory.mkdir(parents=True, exist_ok=True)
+    make_room(directory)
     with_ids(planned.changes, planned.previous, planned.current, outcome=directory / "changes.parquet")
     shutil.copyfile(planned.quarantine, directory / "quarantine.parquet")
     text = json.dumps(planned.plan.to_json(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -229,6 +229,8 @@ def test_init_makes_the_same_bytes_twice(run: Run, shop: Path, tmp_path: Path) -
     [
         (["--since", "yesterday"], "`catalog-embed plan --since ...`"),
         (["--since", "yesterday", "plan"], "`catalog-embed plan --since ...`"),
+        (["plan", "-c", "x.yaml"], "`catalog-embed -c ... plan`"),
+        (["plan", "--target", "dev"], "`catalog-embed --target ... plan`"),
         (["plann"], "No such command"),
         (["plan", "--sinse", "1d"], "No such option"),
         (["plan", "--now", "2026-01-01T00:00"], "has no zone"),
@@ -253,6 +255,25 @@ def test_errors_show_a_traceback_only_with_vv(run: Run, shop: Path) -> None:
     assert "elsewhere" in plain.err
     assert "Traceback" not in plain.err
     assert "Traceback" in verbose.err
+
+
+def test_a_plan_is_never_saved_over_anything_and_says_so_before_it_works(run: Run, shop: Path, tmp_path: Path) -> None:
+    assert run("-c", shop, "plan", "--out", "saved").code == 0
+    again = run("-c", shop, "plan", "--out", "saved")
+    assert (again.code, again.out) == (2, "")
+    assert "is not empty" in again.err
+    assert "plan.started" not in again.err
+    (tmp_path / "file").touch()
+    assert run("-c", shop, "plan", "--out", "file/below").code == 2
+
+
+def test_a_catalog_without_update_times_is_read_whole_every_night(run: Run, shop: Path) -> None:
+    edit(shop, "  updated_at: modified_at\n", "")
+    publish_catalog(shop, now=day(1))
+    found = run("-c", shop, "plan", "--output", "json")
+    assert found.code == 0, found.err
+    assert found.json["rows"]["read"] == PRODUCTS
+    assert run("-c", shop, "plan", "--since", "1d").code == 2
 
 
 def test_a_mapped_column_that_is_not_there_is_named_with_the_nearest(run: Run, shop: Path) -> None:
