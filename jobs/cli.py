@@ -232,6 +232,7 @@ def doctor(obj: dict[str, Any], output: str) -> None:
     """
     from jobs.doctor import examine
     from jobs.settings import load
+    from pipelines.report import printable
 
     settings = load(_config(obj), target=obj["target"])
     rows = list(settings.describe())
@@ -242,10 +243,10 @@ def doctor(obj: dict[str, Any], output: str) -> None:
     else:
         width = max(len(key) for key, _, _ in rows)
         for key, value, origin in rows:
-            click.echo(f"{key:<{width}}  {value}  ({origin})")
+            click.echo(printable(f"{key:<{width}}  {value}  ({origin})"))
         click.echo("")
         for check in checks:
-            click.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.name:<10} {check.found}")
+            click.echo(printable(f"{'ok    ' if check.passed else 'FAILED'}  {check.name:<10} {check.found}"))
     sys.exit(0 if all(check.passed for check in checks) else 1)
 
 
@@ -273,13 +274,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _told(error: Exception, *, show_traceback: bool) -> int:
     """Say on stderr what failed, and return the exit code of its class."""
     from pipelines.errors import CatalogEmbedError
+    from pipelines.report import printable
 
     if show_traceback:
         traceback.print_exception(error)
     if isinstance(error, CatalogEmbedError):
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {printable(str(error))}", err=True)
         return error.exit_code
-    click.echo(f"error: {type(error).__name__}: {error}\nThis was not foreseen. Run again with -vv and report it.", err=True)
+    told = "\n".join(printable(line) for line in f"{type(error).__name__}: {error}".splitlines())
+    click.echo(f"error: {told}\nThis was not foreseen. Run again with -vv and report it.", err=True)
     return 1
 
 

@@ -12,6 +12,8 @@ from pipelines.sample.queries import write_queries
 from pipelines.sample.spec import SampleSpec
 
 CATALOG = "catalog"
+# Says that the catalog beside it is a sample, which may be replaced.
+SAMPLE_MARK = "_SAMPLE"
 
 CONFIGURATION = """\
 # catalog-embed project. `catalog-embed doctor` prints every setting with its value and origin.
@@ -51,24 +53,32 @@ class Made:
 
 def make_project(directory: Path, *, spec: SampleSpec, night: int | None) -> Made:
     """Make a project, or move the sample catalog of one that is there to a night; anything else there is left alone."""
+    try:
+        return _make(directory, spec=spec, night=night)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {error.filename or directory}: {error.strerror or error}. Choose a folder that you may write to."
+        ) from error
+
+
+def _make(directory: Path, *, spec: SampleSpec, night: int | None) -> Made:
     configuration = directory / FILE_NAME
+    mark = directory / CATALOG / SAMPLE_MARK
     existed = configuration.exists()
     if existed and night is None:
         return Made(directory=directory, existed=True, products_from_night=None)
-    if not existed and directory.exists() and any(directory.iterdir()):
+    # A mark without a configuration is what an interrupted `init` left, and is finished.
+    if not existed and directory.exists() and any(directory.iterdir()) and not mark.exists():
         raise InputError(f"{directory} is not empty and holds no {FILE_NAME}. Choose a new folder; nothing was written.")
-    if existed and not (directory / CATALOG / SAMPLE_MARK).exists():
+    if existed and not mark.exists():
         raise InputError(f"{directory / CATALOG} was not made by `init`, so it is not moved to night {night}. Nothing was written.")
-    (directory / CATALOG).mkdir(parents=True, exist_ok=True)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.write_text(f"Sample catalog, made by catalog-embed from seed {spec.seed}.\n", encoding="utf-8")
     write(directory / CATALOG, spec, night=night or 0)
     write_queries(directory, spec, night=night or 0)
-    (directory / CATALOG / SAMPLE_MARK).write_text(f"Sample catalog, made by catalog-embed from seed {spec.seed}.\n", encoding="utf-8")
     if not existed:
         configuration.write_text(CONFIGURATION.format(name=_name(directory)), encoding="utf-8")
     return Made(directory=directory, existed=existed, products_from_night=night or 0)
-
-
-SAMPLE_MARK = "_SAMPLE"
 
 
 def _name(directory: Path) -> str:

@@ -219,6 +219,34 @@ def test_init_leaves_a_project_alone_and_refuses_what_it_did_not_make(run: Run, 
     assert run("init", shop.parent, "--night", 1).code == 2
 
 
+def test_an_interrupted_init_is_finished_by_the_next(run: Run, shop: Path) -> None:
+    before = shop.read_bytes()
+    shop.unlink()
+    assert run("init", shop.parent, "--products", PRODUCTS).code == 0
+    assert shop.read_bytes() == before
+
+
+def test_init_below_a_file_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = run("init", tmp_path / "file" / "shop")
+    assert refused.code == 2
+    assert "Choose a folder" in refused.err
+
+
+def test_init_takes_paths_with_spaces_and_other_scripts(run: Run) -> None:
+    assert run("init", "mein Läden 店", "--products", 20).code == 0
+    assert run("-c", "mein Läden 店/catalog-embed.yaml", "plan", "--output", "json").json["actions"]["add"] == 20
+
+
+def test_an_error_cannot_move_the_cursor(run: Run, shop: Path) -> None:
+    edit(shop, "path: catalog/", 'path: "else\\e[2Jwhere"')
+    found = run("-c", shop, "plan")
+    assert found.code == 1
+    assert "\x1b" not in found.err
+    assert "else\\x1b[2Jwhere" in found.err
+    assert "\x1b" not in run("-c", shop, "doctor").out
+
+
 def test_init_makes_the_same_bytes_twice(run: Run, shop: Path, tmp_path: Path) -> None:
     run("init", "again", "--products", PRODUCTS)
     for path in (tmp_path / "again" / "catalog").iterdir():
