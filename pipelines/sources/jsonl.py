@@ -5,6 +5,7 @@ Types are told per block: a number in one and a text in the next are both delive
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any, NoReturn
 import pyarrow as pa
 
 from pipelines.contracts import PinnedObject, Shard, Window
+from pipelines.normalize.scalars import spell_floats
+from pipelines.schema import ID
 from pipelines.sources.batches import emit
 from pipelines.sources.files import FileSource
 from pipelines.sources.lines import chunks, compression, piece, records
@@ -90,6 +93,10 @@ def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+# From here on a whole number is spelled with an exponent once it is a float.
+_PLAIN_BELOW = 10**10
+# From here on two neighbouring integers may be one double, so a float is no id.
+_EXACT_BELOW = 2**53
 _DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 
@@ -106,7 +113,9 @@ def _batch(rows: Sequence[Mapping[str, Any]], projection: Projection) -> pa.Reco
     if projection.prefix is not None:
         keys += sorted({key for row in rows for key in row if key.startswith(projection.prefix)})
     keys = list(dict.fromkeys(keys))
-    return pa.RecordBatch.from_arrays([_column([row.get(key) for row in rows]) for key in keys], names=[_name(key) for key in keys])
+    ids = {theirs for ours, theirs in projection.columns if ours == ID}
+    columns = [_column([row.get(key) for row in rows], is_id=key in ids) for key in keys]
+    return pa.RecordBatch.from_arrays(columns, names=[_name(key) for key in keys])
 
 
 def _name(key: str) -> str:
@@ -114,21 +123,31 @@ def _name(key: str) -> str:
     return key.encode("utf-8", "replace").decode()
 
 
-def _column(values: list[Any]) -> pa.Array:
-    """Return values in their JSON type; nested values, numbers beyond 64 bits and mixtures become JSON text."""
+def _column(values: list[Any], *, is_id: bool) -> pa.Array:
+    """Return values in their JSON type; nested values, numbers beyond 64 bits and mixtures become JSON text.
+
+    What a value becomes must not depend on its neighbours: numbers are spelled in a mixture as normalising spells them in a
+    column of their own, and an id that is no text and no whole number is dropped from a mixture, as it is rejected elsewhere.
+    """
     kinds = {type(value) for value in values} - {type(None)}
     if not kinds:
         return pa.nulls(len(values))
-    if kinds in ({bool}, {int}, {float}, {int, float}):
-        try:
+    alike = kinds != {int, float} or all(type(value) is not int or abs(value) < _PLAIN_BELOW for value in values)
+    if alike and kinds in ({bool}, {int}, {float}, {int, float}):
+        with contextlib.suppress(pa.ArrowInvalid, OverflowError):
             return pa.array(values, pa.float64() if float in kinds else None)
-        except (pa.ArrowInvalid, OverflowError):
-            kinds = {object}
-    return _texts(values if kinds == {str} else [_spelled(value) for value in values])
+    return _texts(values if kinds == {str} else [_spelled(value, is_id=is_id) for value in values])
 
 
-def _spelled(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _spelled(value: Any, *, is_id: bool) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if is_id:
+        whole = type(value) is int or (type(value) is float and value.is_integer() and abs(value) < _EXACT_BELOW)
+        return str(int(value)) if whole else None
+    if type(value) is float:
+        return str(spell_floats(pa.array([value]))[0])
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _texts(values: list[str | None]) -> pa.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from io import StringIO
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 
 from pipelines.contracts import ColumnMap, Source, Window
 from pipelines.errors import InputError
-from pipelines.schema import ID, MALFORMED
+from pipelines.normalize import NormalizeOptions, normalize
+from pipelines.schema import ID, MALFORMED, ProductSchema
 from pipelines.sources import SourceSpec, lines, open_source
 from pipelines.sources.delimited import Dialect
 from pipelines.sources.files import FileSource
@@ -259,3 +261,34 @@ def test_a_broken_line_in_ids_is_visible_too(tmp_path: Path) -> None:
     read = pa.Table.from_batches([b.select([ID]) for shard in source.ids() for b in shard.open()][:1])
     assert read.column(ID).to_pylist() == ["1"]
     assert broken([row for shard in source.ids() for batch in shard.open() for row in batch.to_pylist()]) == [b"2"]
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text("a1.é", max_size=4)
+)
+JSON_ROWS = st.lists(
+    st.fixed_dictionaries({"id": SCALARS, "title": SCALARS | st.lists(st.integers(), max_size=2), "price": SCALARS}), min_size=1, max_size=6
+)
+
+
+@given(JSON_ROWS)
+@settings(max_examples=100, deadline=None)
+def test_a_json_row_is_the_same_product_whatever_stands_beside_it(rows: list[dict[str, Any]]) -> None:
+    def products(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "catalog.jsonl"
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            source = open_source(SourceSpec(type="jsonl", path=str(path)), columns=ColumnMap(id="id"), fields=("title", "price"))
+            schema = ProductSchema(text=("title",), filters={"price": "float"}, attributes=False)
+            options = NormalizeOptions(schema=schema, deleted=None, now=datetime(2026, 1, 1, tzinfo=UTC), non_negative=())
+            batches = [batch for shard in source.read(Window(since=None, until=options.now)) for batch in shard.open()]
+            return [row for batch in batches for row in normalize(batch, options, shard="s").products.to_pylist()]
+
+    def ordered(found: list[dict[str, Any]]) -> list[str]:
+        return sorted(map(repr, found))
+
+    assert ordered(products(rows)) == ordered([product for row in rows for product in products([row])])
