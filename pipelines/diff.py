@@ -93,7 +93,8 @@ def diff(
 
     A tombstone and a rejected row mean that the product must go. So does a missing row where `absent_goes`, as in a
     whole catalog; for a part of one, `present` may list all ids there are, and what it does not list goes. Without
-    `deletes` nothing goes. Of several rows with one id the newest counts; between equally new ones a live row, then the smaller hashes.
+    `deletes` nothing goes. Of several rows with one id the newest counts, one without a
+    time before all others, because every window reads it; between equally new ones a live row, then the smaller hashes.
     """
     with _connect(outcome, options or DiffOptions()) as db:
         num_previous, num_current = _attach(db, "previous", previous), _attach(db, "scanned", current)
@@ -182,7 +183,7 @@ def _resolve(db: duckdb.DuckDBPyConnection) -> tuple[int, pa.Table]:
                first_value({UPDATED_AT}) OVER best AS best_at,
                first_value(({STATE}, {TEXT_HASH}, {ATTR_HASH})) OVER best AS best_content
         FROM scanned SEMI JOIN twice USING ({ID_HASH})
-        WINDOW best AS (PARTITION BY {ID_HASH} ORDER BY {UPDATED_AT} DESC NULLS LAST, {STATE}, {TEXT_HASH}, {ATTR_HASH}, {SHARD}, {ROW});
+        WINDOW best AS (PARTITION BY {ID_HASH} ORDER BY {UPDATED_AT} DESC NULLS FIRST, {STATE}, {TEXT_HASH}, {ATTR_HASH}, {SHARD}, {ROW});
         CREATE OR REPLACE VIEW current AS
         SELECT * FROM scanned ANTI JOIN twice USING ({ID_HASH})
         UNION ALL BY NAME SELECT * EXCLUDE (place, best_at, best_content) FROM ranked WHERE place = 1""")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ import pyarrow.compute as pc
 
 from pipelines.hashes import attr_hashes, id_hashes, text_hashes
 from pipelines.normalize import NormalizeOptions, normalize
+from pipelines.normalize.moments import update_times
 from pipelines.schema import (
     DELETED,
     FIELD,
@@ -118,13 +120,25 @@ class Preparer:
         )
         sample = texts.filter(_sampled(hashes))
         return Prepared(
-            rows=pa.concat_tables([rows, _still_named(normal.rejected)]),
+            rows=pa.concat_tables([rows, self._still_named(normal.rejected, batch, first_row)]),
             rejected=rejected,
             repaired=normal.repaired,
             rows_in=normal.rows_in,
             sample_tokens=int(estimate_tokens(sample).sum()),
             sample_bytes=pc.sum(pc.binary_length(sample)).as_py() or 0,
         )
+
+    def _still_named(self, rejected: pa.Table, batch: pa.RecordBatch, first_row: int) -> pa.Table:
+        """Return rejected rows whose id is good: the diff must know that the product cannot stay as it was."""
+        named = rejected.filter(pc.and_(pc.is_valid(rejected.column(ID)), pc.not_equal(rejected.column(FIELD), ID)))
+        ids = named.column(ID).combine_chunks()
+        filled = {ID: ids, ID_HASH: id_hashes(ids), SHARD: named.column(SHARD), ROW: named.column(ROW)}
+        filled[STATE] = pa.repeat(pa.scalar(REJECTED, pa.int8()), len(ids))
+        if UPDATED_AT in batch.schema.names and len(ids):
+            raw = batch.column(UPDATED_AT).take(pc.subtract(named.column(ROW), first_row).combine_chunks())
+            options = self.normalizing
+            filled[UPDATED_AT] = update_times(raw, now=options.now, skew_s=options.clock_skew_s, repaired=Counter())
+        return pa.Table.from_arrays([filled.get(field.name, pa.nulls(len(ids), field.type)) for field in SCANNED], schema=SCANNED)
 
     def packed(self, batch: pa.RecordBatch, *, shard: str, first_row: int) -> pa.Table:
         """Prepare a batch and fold it, as workers send it."""
@@ -172,16 +186,6 @@ def _empty_text(products: pa.Table, numbers: np.ndarray, empty: pa.BooleanArray,
         pa.repeat(pa.scalar(b"", pa.binary()), count),
     ]
     return pa.Table.from_arrays(columns, schema=QUARANTINE)
-
-
-def _still_named(rejected: pa.Table) -> pa.Table:
-    """Return rejected rows whose id is good: the diff must know that the product cannot stay as it was."""
-    named = rejected.filter(pc.and_(pc.is_valid(rejected.column(ID)), pc.not_equal(rejected.column(FIELD), ID)))
-    ids = named.column(ID).combine_chunks()
-    filled = {ID: ids, ID_HASH: id_hashes(ids), SHARD: named.column(SHARD), ROW: named.column(ROW)}
-    columns = [filled.get(field.name, pa.nulls(len(ids), field.type)) for field in SCANNED]
-    columns[SCANNED.get_field_index(STATE)] = pa.repeat(pa.scalar(REJECTED, pa.int8()), len(ids))
-    return pa.Table.from_arrays(columns, schema=SCANNED)
 
 
 def _sampled(hashes: pa.FixedSizeBinaryArray) -> pa.BooleanArray:

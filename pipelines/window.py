@@ -51,8 +51,9 @@ def _start(word: str, text: str, *, now: datetime, tz: ZoneInfo, watermark: date
     today = now.astimezone(tz).date()
     if word == "beginning" or (word == "last" and watermark is None):
         return None
-    if word == "last":
-        return watermark
+    if word == "last" and watermark is not None:
+        # A machine whose clock is behind the one that published last looks back from its own now.
+        return min(watermark, now - timedelta(microseconds=1))
     if word in ("today", "yesterday"):
         return _midnight(today - timedelta(days=word == "yesterday"), tz)
     match = _SPAN.fullmatch(word)

@@ -84,7 +84,7 @@ def winners(rows: list[Row]) -> dict[str, Row]:
 
     def rank(row: Row) -> tuple[Any, ...]:
         content = (b"\xff", b"\xff") if row.state == REJECTED else (hashed(row.text), hashed(row.attr))
-        return (row.at is None, -(row.at or 0), row.state, *content)
+        return (row.at is not None, -(row.at or 0), row.state, *content)
 
     found: dict[str, Row] = {}
     for row in rows:

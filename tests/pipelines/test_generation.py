@@ -182,6 +182,16 @@ def test_a_rejected_row_takes_its_product_out(tmp_path: Path) -> None:
     assert result.plan.rejected == {"no_text": 1}
 
 
+@pytest.mark.parametrize(("newer", "gone"), [(True, ["b"]), (False, [])])
+def test_of_a_good_and_a_rejected_row_the_newer_counts_in_every_window(tmp_path: Path, newer: bool, gone: list[str]) -> None:
+    days = (0, 30) if newer else (0.5, 0)
+    rejected = {**row("b", None), "brand": None, "at": NOW - timedelta(days=days[0])}
+    source = catalog(tmp_path / "c", [row("a"), {**row("b"), "at": NOW - timedelta(days=days[1])}, rejected])
+    published = base(tmp_path, STATE[:2])
+    for window in (Window(since=None, until=NOW), Window(since=NOW - timedelta(days=2), until=NOW)):
+        assert sample_changes(plan(tmp_path, source, published, window=window), limit=9)["delete"] == gone
+
+
 def test_a_saved_plan_holds_ids_quarantine_and_the_pin(tmp_path: Path) -> None:
     source = catalog(tmp_path / "c", CATALOG)
     result = plan(tmp_path, source, base(tmp_path, STATE))

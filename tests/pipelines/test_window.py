@@ -90,6 +90,13 @@ def test_a_window_that_cannot_be_is_refused(text: str) -> None:
         since(text, berlin(2026, 5, 8, 9, 0))
 
 
+def test_last_survives_a_clock_behind_the_watermark() -> None:
+    now = datetime(2026, 5, 8, tzinfo=UTC)
+    window = resolve("last", now=now, tz=BERLIN, lookback=timedelta(hours=6), watermark=now + timedelta(hours=1))
+    assert window.since is not None
+    assert timedelta(0) < now - timedelta(hours=6) - window.since < timedelta(seconds=1)
+
+
 def test_last_is_the_watermark_minus_the_lookback() -> None:
     now = datetime(2026, 5, 8, tzinfo=UTC)
     window = resolve("last", now=now, tz=BERLIN, lookback=timedelta(hours=6), watermark=now - timedelta(days=1))
