@@ -1,6 +1,7 @@
 """`catalog-embed.yaml` and the environment, merged into the dataclasses that own the options, with the origin of every value.
 
-Later layers win: the owner's default, the file, the chosen target, `CATALOG_EMBED_SECTION__KEY`, the command line.
+Later layers win: the owner's default, the file, the chosen target, `CATALOG_EMBED_SECTION__KEY`, the command line;
+mappings are merged key by key.
 A key that nobody owns is an error that names the nearest one. `${NAME}` is replaced from the environment only.
 """
 
@@ -84,9 +85,9 @@ def layers(*, path: Path, target: str | None, overrides: Mapping[str, Any], sect
     if target is not None:
         if not isinstance(targets, dict) or target not in targets:
             raise InputError(f"{path}: there is no target `{target}`. {_suggest(target, targets)}")
-        merged |= _flatten(targets[target] or {}, origin=f"{path} target {target}", sections=sections)
-    merged |= _from_environment(os.environ, sections)
-    merged |= {key: Value(raw=raw, origin="command line") for key, raw in overrides.items() if raw is not None}
+        merged = _over(merged, _flatten(targets[target] or {}, origin=f"{path} target {target}", sections=sections))
+    merged = _over(merged, _from_environment(os.environ, sections))
+    merged = _over(merged, {key: Value(raw=raw, origin="command line") for key, raw in overrides.items() if raw is not None})
     return {key: _expanded(key, value) for key, value in merged.items()}
 
 
@@ -115,6 +116,18 @@ def described(layer: Layer, sections: Mapping[str, tuple[type, ...]]) -> Iterato
                     yield key, "****" if _SECRET.search(item.name) else _shown(layer[key].written), layer[key].origin
                 else:
                     yield key, _shown(_default(item)), "default"
+
+
+def _over(below: Layer, above: Layer) -> Layer:
+    """Lay one layer over another; mappings are merged key by key, so that changing one keeps the others."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = below.get(key)
+        if under is not None and isinstance(under.raw, dict) and isinstance(value.raw, dict):
+            merged[key] = Value(raw=under.raw | value.raw, origin=f"{value.origin} over {under.origin}")
+        else:
+            merged[key] = value
+    return merged
 
 
 def _flatten(data: Mapping[str, Any], *, origin: str, sections: Mapping[str, tuple[type, ...]]) -> Layer:

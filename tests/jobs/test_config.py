@@ -116,6 +116,14 @@ def test_an_alias_bomb_and_a_huge_file_are_refused_before_they_expand(tmp_path: 
         read_file(written(tmp_path, "project: " + "x" * (1 << 20)))
 
 
+def test_a_mapping_laid_over_another_keeps_its_other_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = MINIMAL.replace(" }", ", completeness: { min_rows_ratio: 0.97 } }")
+    monkeypatch.setenv("CATALOG_EMBED_SOURCE__COMPLETENESS", "{ max_age: 26h }")
+    loaded = settings(tmp_path, text)
+    assert (loaded.limits.min_rows_ratio, loaded.limits.max_age_s) == (0.97, 26 * 3600)
+    assert "over" in origins(loaded)["source.completeness"][1]
+
+
 def test_secrets_are_never_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOP_KEY", "canary-one")
     text = (
