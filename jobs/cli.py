@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ class _Command(click.Command):
     type=click.Path(path_type=Path, dir_okay=False),
     default=None,
     metavar="FILE",
-    help="The project's configuration. Default: ./catalog-embed.yaml, or the one in a folder given to a command.",
+    help="The project's configuration. Default: ./catalog-embed.yaml.",
 )
 @click.option("--target", metavar="NAME", help="Use this entry of `targets:` in the configuration, such as dev or prod.")
 @click.option("-v", "--verbose", count=True, help="Tell more on stderr; -vv adds tracebacks to errors.")
@@ -123,8 +124,10 @@ def init(directory: Path, products: int, seed: int, night: int | None) -> None:
     if made.products_from_night is None:
         click.echo(f"{directory} is a project already; nothing was changed. `--night 1` moves its sample catalog to the next night.")
         return
-    click.echo(f"{directory}: sample catalog of {products:,} products as of night {made.products_from_night} (seed {seed})")
-    click.echo(f"next: catalog-embed -c {directory / 'catalog-embed.yaml'} plan --since beginning")
+    click.echo(
+        f"{directory}: sample catalog of {made.spec.products:,} products as of night {made.products_from_night} (seed {made.spec.seed})"
+    )
+    click.echo(f"next: catalog-embed -c {shlex.quote(str(directory / 'catalog-embed.yaml'))} plan --since beginning")
 
 
 @cli.command(cls=_Command)

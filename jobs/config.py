@@ -24,7 +24,9 @@ FILE_NAME = "catalog-embed.yaml"
 MAX_BYTES = 1 << 20
 
 _REFERENCE = re.compile(r"\$\{(\w*)\}")
-_SECRET = re.compile(r"secret|password|passwd|token|credential|access_key|api_key|account_key|sas", re.IGNORECASE)
+# Shown inside `options`; every other option of a service is masked, and so is an address of a database.
+_SHOWN_OPTIONS = frozenset({"region", "endpoint", "allow_http", "bucket", "timeout", "connect_timeout", "virtual_hosted_style_request"})
+_SECRET_KEYS = frozenset({"uri"})
 _ENVIRONMENT = "CATALOG_EMBED_"
 
 
@@ -70,8 +72,8 @@ def read_file(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: {error}. Check that it is a readable UTF-8 text file.") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {_one_line(error)}. Check the indentation and the quotes there.") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path} is not valid YAML: {_one_line(error)[:300]}. Check the indentation and the quotes there.") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no settings. It should begin with `project: name`.")
     return data
@@ -85,7 +87,9 @@ def layers(*, path: Path, target: str | None, overrides: Mapping[str, Any], sect
     if target is not None:
         if not isinstance(targets, dict) or target not in targets:
             raise InputError(f"{path}: there is no target `{target}`. {_suggest(target, targets)}")
-        merged = _over(merged, _flatten(targets[target] or {}, origin=f"{path} target {target}", sections=sections))
+        if not isinstance(targets[target], dict):
+            raise InputError(f"{path}: target `{target}` holds sections, so it needs `section: {{ key: value }}` lines below it.")
+        merged = _over(merged, _flatten(targets[target], origin=f"{path} target {target}", sections=sections))
     merged = _over(merged, _from_environment(os.environ, sections))
     merged = _over(merged, {key: Value(raw=raw, origin="command line") for key, raw in overrides.items() if raw is not None})
     return {key: _expanded(key, value) for key, value in merged.items()}
@@ -97,13 +101,23 @@ def build(owner: type, section: str, layer: Layer) -> Any:
     for item in fields(owner):
         key = f"{section}.{item.name}"
         if key in layer:
-            chosen[item.name] = convert(layer[key].raw, owner=owner, name=item.name, where=f"{key} ({layer[key].origin})")
+            chosen[item.name] = _converted(layer[key], owner, item.name, where=f"{key} ({layer[key].origin})")
         elif item.default is MISSING and item.default_factory is MISSING and item.init:
             raise InputError(f"`{key}` is missing. Add it to the configuration: `{section}: {{ {item.name}: ... }}`.")
     try:
         return owner(**chosen)
     except InputError as error:
         raise InputError(f"`{section}`: {error}") from error
+
+
+def _converted(value: Value, owner: type, name: str, *, where: str) -> Any:
+    try:
+        return convert(value.raw, owner=owner, name=name, where=where)
+    except InputError:
+        if value.raw == value.written and name not in {"options", *_SECRET_KEYS}:
+            raise
+        # The message would show what a variable stood for.
+        raise InputError(f"`{where}` has the wrong form; it is not shown, because it may be secret.") from None
 
 
 def described(layer: Layer, sections: Mapping[str, tuple[type, ...]]) -> Iterator[tuple[str, str, str]]:
@@ -113,9 +127,9 @@ def described(layer: Layer, sections: Mapping[str, tuple[type, ...]]) -> Iterato
             for item in fields(owner):
                 key = f"{section}.{item.name}"
                 if key in layer:
-                    yield key, "****" if _SECRET.search(item.name) else _shown(layer[key].written), layer[key].origin
+                    yield key, _shown(layer[key].written, name=item.name), layer[key].origin
                 else:
-                    yield key, _shown(_default(item)), "default"
+                    yield key, _shown(_default(item), name=item.name), "default"
 
 
 def _over(below: Layer, above: Layer) -> Layer:
@@ -166,8 +180,8 @@ def _from_environment(environment: Mapping[str, str], sections: Mapping[str, tup
 def _parsed(name: str, text: str) -> Any:
     try:
         return yaml.load(text, _StrictLoader)  # noqa: S506  a SafeLoader, made stricter
-    except (yaml.YAMLError, InputError) as error:
-        raise InputError(f"environment variable {name} is not a value: {_one_line(error)}.") from error
+    except (yaml.YAMLError, InputError, RecursionError):
+        raise InputError(f"environment variable {name} is not a value. Write it as YAML, such as 5, text or {{ key: value }}.") from None
 
 
 def _expanded(key: str, value: Value) -> Value:
@@ -194,12 +208,18 @@ def _map_texts(raw: Any, change: Callable[[str], str]) -> Any:
     return raw
 
 
-def _shown(raw: Any) -> str:
-    """Show a value on one line, with secret entries of mappings and credentials in addresses masked."""
+def _shown(raw: Any, *, name: str) -> str:
+    """Show a value on one line, with whatever may be a credential masked."""
     if isinstance(raw, Mapping):
-        return "{" + ", ".join(f"{key}: {'****' if _SECRET.search(str(key)) else _shown(item)}" for key, item in raw.items()) + "}"
-    text = "-" if raw is None else str(raw)
-    return re.sub(r"(?<=://)[^/@\s]+@", "****@", text).replace("\n", " ")
+        shown = {key: item if name != "options" or key in _SHOWN_OPTIONS or _is_reference(item) else "****" for key, item in raw.items()}
+        return "{" + ", ".join(f"{key}: {item}" for key, item in shown.items()) + "}"
+    if name in _SECRET_KEYS and raw is not None and not _is_reference(raw):
+        return "****"
+    return ("-" if raw is None else str(raw)).replace("\n", " ")
+
+
+def _is_reference(raw: Any) -> bool:
+    return isinstance(raw, str) and _REFERENCE.fullmatch(raw) is not None
 
 
 def _default(item: Any) -> Any:

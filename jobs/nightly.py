@@ -14,7 +14,7 @@ from jobs.logs import event
 from jobs.settings import Settings
 from pipelines.contracts import Source, Window
 from pipelines.errors import ManifestError
-from pipelines.generation import Base, Planned, PlanRequest, make_plan, sample_changes, texts_of
+from pipelines.generation import Base, Planned, PlanRequest, made_otherwise, make_plan, sample_changes, texts_of
 from pipelines.plan import Deletes
 from pipelines.publish import current, open_manifest
 from pipelines.schema import ADD, TEXT
@@ -55,6 +55,8 @@ def open_base(settings: Settings) -> Base | None:
         watermark=manifest.window.until,
         table_uri=store.uri(manifest.table.uri),
         table_version=manifest.table.version,
+        template_digest=manifest.template_digest,
+        schema_digest=manifest.schema_digest,
         options=settings.store.options,
     )
 
@@ -91,6 +93,8 @@ def _request(settings: Settings, night: Night, base: Base | None) -> PlanRequest
     # A catalog without update times cannot be narrowed, so its nights read everything.
     since = "beginning" if night.since == "last" and settings.columns.updated_at is None else night.since
     window = resolve(since, now=now, tz=settings.zone, lookback=settings.plan.lookback, watermark=watermark)
+    if base and made_otherwise(base, template=settings.template, schema=settings.schema):
+        window = Window(since=None, until=window.until)
     return PlanRequest(
         alias=settings.publish.alias,
         window=window,

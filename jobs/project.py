@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ SAMPLE_MARK = "_SAMPLE"
 
 CONFIGURATION = """\
 # catalog-embed project. `catalog-embed doctor` prints every setting with its value and origin.
-project: {name}
+project: "{name}"
 timezone: Europe/Berlin
 
 source:
@@ -49,6 +50,7 @@ class Made:
     directory: Path
     existed: bool
     products_from_night: int | None
+    spec: SampleSpec
 
 
 def make_project(directory: Path, *, spec: SampleSpec, night: int | None) -> Made:
@@ -66,19 +68,21 @@ def _make(directory: Path, *, spec: SampleSpec, night: int | None) -> Made:
     mark = directory / CATALOG / SAMPLE_MARK
     existed = configuration.exists()
     if existed and night is None:
-        return Made(directory=directory, existed=True, products_from_night=None)
+        return Made(directory=directory, existed=True, products_from_night=None, spec=spec)
     # A mark without a configuration is what an interrupted `init` left, and is finished.
     if not existed and directory.exists() and any(directory.iterdir()) and not mark.exists():
         raise InputError(f"{directory} is not empty and holds no {FILE_NAME}. Choose a new folder; nothing was written.")
     if existed and not mark.exists():
         raise InputError(f"{directory / CATALOG} was not made by `init`, so it is not moved to night {night}. Nothing was written.")
     mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.write_text(f"Sample catalog, made by catalog-embed from seed {spec.seed}.\n", encoding="utf-8")
+    if existed:
+        spec = SampleSpec(**json.loads(mark.read_text(encoding="utf-8")))
+    mark.write_text(json.dumps({"seed": spec.seed, "products": spec.products}) + "\n", encoding="utf-8")
     write(directory / CATALOG, spec, night=night or 0)
     write_queries(directory, spec, night=night or 0)
     if not existed:
         configuration.write_text(CONFIGURATION.format(name=_name(directory)), encoding="utf-8")
-    return Made(directory=directory, existed=existed, products_from_night=night or 0)
+    return Made(directory=directory, existed=existed, products_from_night=night or 0, spec=spec)
 
 
 def _name(directory: Path) -> str:

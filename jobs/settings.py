@@ -211,6 +211,10 @@ def load(path: Path, *, target: str | None = None, overrides: Mapping[str, Any] 
         raise InputError(
             "the template reads `attributes`, but `source.attributes` does not say where they are. Map it, or drop them from the template."
         )
+    unread = sorted(set(settings.columns.columns) - set(settings.schema.fields))
+    if unread:
+        fields = ", ".join(settings.schema.fields)
+        raise InputError(f"`source.columns` maps `{unread[0]}`, which neither the template nor a filter reads. They read: {fields}.")
     # Every mistake that can be found without reading a row is found here.
     settings.zone, settings.schema, settings.limits, settings.normalizing(Window(since=None, until=datetime.now(tz=settings.zone)))
     return settings

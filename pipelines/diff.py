@@ -17,6 +17,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.errors import InputError
 from pipelines.hashes import as_uuids
 from pipelines.schema import (
     ACTION,
@@ -41,6 +42,8 @@ from pipelines.schema import (
 
 Rows: TypeAlias = pa.Table | Sequence[Path]
 
+_LEAST_MB = 32
+
 _CHANGE = f"{ID_HASH}, {ACTION}, {TEXT_HASH}, {ATTR_HASH}, {TEXT_BYTES}"
 
 
@@ -50,6 +53,10 @@ class DiffOptions:
 
     memory_mb: int = 1024
     threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.memory_mb < _LEAST_MB or self.threads < 1:
+            raise InputError(f"the diff needs at least {_LEAST_MB} MB and one thread, not {self.memory_mb} and {self.threads}.")
 
 
 @dataclass(frozen=True, kw_only=True)

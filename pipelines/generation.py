@@ -40,6 +40,7 @@ from pipelines.schema import (
     STAGE,
     TEXT,
     UPDATED_AT,
+    ProductSchema,
 )
 from pipelines.spool import Spool
 from pipelines.text import Template
@@ -60,6 +61,8 @@ class Base:
     watermark: datetime
     table_uri: str
     table_version: int
+    template_digest: str
+    schema_digest: str
     options: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -106,6 +109,7 @@ class Planned:
 class _Tally:
     """What is counted while batches stream by."""
 
+    until: datetime
     read: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
@@ -125,7 +129,9 @@ class _Tally:
         self.sample_tokens += batch.sample_tokens
         self.sample_bytes += batch.sample_bytes
         self.rejected.update(batch.rejected.column(REASON).to_pylist())
-        newest = pc.max(batch.rows.column(UPDATED_AT)).as_py()
+        times = batch.rows.column(UPDATED_AT)
+        # A time in the future was set to `until`; it says nothing about how fresh the feed is.
+        newest = pc.max(times.filter(pc.less(times, pa.scalar(self.until, times.type)))).as_py()
         if newest is not None:
             self.newest = max(newest, self.newest or newest)
 
@@ -138,6 +144,7 @@ class _Sides:
     previous: list[Path]
     current: list[Path]
     present: list[Path] | None
+    num_present: int | None
     rejects: Spool
     tally: _Tally
 
@@ -207,7 +214,7 @@ def _read_sides(source: Source, base: Base | None, request: PlanRequest, work: P
             )
     current = Spool(work, "current", SCANNED, partitions=request.partitions)
     rejects = Spool(work, "rejects", QUARANTINE)
-    tally = _Tally()
+    tally = _Tally(until=request.window.until)
     preparer = Preparer(normalizing=request.normalizing, template=request.template)
     for table in scan(source.read(request.window), preparer.packed):
         for batch in Prepared.unpack(table):
@@ -218,15 +225,23 @@ def _read_sides(source: Source, base: Base | None, request: PlanRequest, work: P
     now = source.snapshot()
     if now != pin:
         raise SourceMoved(f"the catalog changed while it was read ({'; '.join(pin.moved(now)[:3])}). Plan again when the export is done.")
-    return _Sides(pin=pin, previous=previous.close(), current=current.close(), present=present, rejects=rejects, tally=tally)
+    return _Sides(
+        pin=pin,
+        previous=previous.close(),
+        current=current.close(),
+        present=present.close() if present else None,
+        num_present=present.num_rows if present else None,
+        rejects=rejects,
+        tally=tally,
+    )
 
 
-def _spool_present(source: Source, request: PlanRequest, work: Path) -> list[Path]:
+def _spool_present(source: Source, request: PlanRequest, work: Path) -> Spool:
     """Spool the id hashes of every product that the source holds and does not call deleted."""
     present = Spool(work, "present", pa.schema([(ID_HASH, HASH)]), partitions=request.partitions)
     for table in scan(source.ids(), PresentIds(normalizing=request.normalizing)):
         present.add(table)
-    return present.close()
+    return present
 
 
 def _diff(sides: _Sides, request: PlanRequest, work: Path) -> Difference:
@@ -282,7 +297,15 @@ def _judge(sides: _Sides, difference: Difference, base: Base | None, request: Pl
     counts = difference.actions
     base_live = base.live if base else 0
     actions = ActionCounts(**counts, same=base_live - counts[TEXT] - counts[ATTR] - counts[DELETE])
-    guards = check(rows=rows, actions=actions, base_live=base_live, window=request.window, newest=tally.newest, limits=request.limits)
+    guards = check(
+        rows=rows,
+        actions=actions,
+        base_live=base_live,
+        window=request.window,
+        live_now=rows.live if request.window.full else sides.num_present,
+        newest=tally.newest,
+        limits=request.limits,
+    )
     return Plan(
         alias=request.alias,
         base=base.generation if base else None,
@@ -303,8 +326,20 @@ def _judge(sides: _Sides, difference: Difference, base: Base | None, request: Pl
         repaired=dict(tally.repaired),
         unseen=difference.unseen,
         newest=tally.newest,
+        notes=_notes(base, request),
         guards=guards,
     )
+
+
+def made_otherwise(base: Base, *, template: Template, schema: ProductSchema) -> list[str]:
+    """Say what changed in how products are made since the base: any of it means that the whole catalog must be read."""
+    changed = [("the template", base.template_digest, template.digest), ("the filter columns", base.schema_digest, schema.digest)]
+    return [what for what, before, now in changed if before != now]
+
+
+def _notes(base: Base | None, request: PlanRequest) -> tuple[str, ...]:
+    changed = made_otherwise(base, template=request.template, schema=request.normalizing.schema) if base else []
+    return (f"{' and '.join(changed)} changed since {base.generation}, so the whole catalog is read",) if base and changed else ()
 
 
 def _embedding(sides: _Sides, difference: Difference, request: PlanRequest) -> Embedding:

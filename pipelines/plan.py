@@ -114,7 +114,8 @@ class Plan:
     repaired: Mapping[str, int]
     unseen: int
     newest: datetime | None
-    guards: tuple[Guard, ...]
+    notes: tuple[str, ...] = ()
+    guards: tuple[Guard, ...] = ()
 
     @property
     def failed(self) -> tuple[Guard, ...]:
@@ -132,9 +133,20 @@ class Plan:
 
 
 def check(
-    *, rows: RowCounts, actions: ActionCounts, base_live: int, window: Window, newest: datetime | None, limits: Limits
+    *,
+    rows: RowCounts,
+    actions: ActionCounts,
+    base_live: int,
+    window: Window,
+    live_now: int | None,
+    newest: datetime | None,
+    limits: Limits,
 ) -> tuple[Guard, ...]:
-    """Measure a plan against its limits; every guard reports, whether it passed or not."""
+    """Measure a plan against its limits; every guard reports, whether it passed or not.
+
+    `live_now` is how many products the catalog holds, None where nobody counted. Of a narrow window without rows only
+    its start is known to be older than the newest row.
+    """
     guards = [
         _guard(
             "duplicates",
@@ -159,18 +171,19 @@ def check(
                 "More products would vanish than a night explains. If that is right, raise `gates.max_delete_ratio` for this run.",
             )
         )
-    if window.full:
+    if live_now is not None:
         guards.append(
             _guard(
                 "completeness",
-                rows.live / base_live if base_live else float(rows.live > 0),
+                live_now / base_live if base_live else float(live_now > 0),
                 limits.min_rows_ratio if base_live else 1.0,
                 "The feed is empty or cut short. Check the export; if the catalog did shrink, lower `source.completeness.min_rows_ratio`.",
                 at_least=True,
             )
         )
     if limits.max_age_s is not None:
-        age_s = (window.until - newest).total_seconds() if newest else float("inf")
+        latest = newest or window.since
+        age_s = (window.until - latest).total_seconds() if latest else float("inf")
         guards.append(
             _guard(
                 "freshness",

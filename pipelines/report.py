@@ -62,7 +62,9 @@ def _body(plan: Plan) -> Iterator[str]:
         yield f"  WARNING   deletes: NOT CHECKED (--deletes {plan.deletes}); products that vanished from the feed stay in the index"
     if plan.unseen:
         yield f"  WARNING   {_count(plan.unseen, 'product')} in the catalog but in neither the window nor the index; run `plan --since beginning`"
-    if not actions.changed:
+    for note in plan.notes:
+        yield f"  note      {note}"
+    if not actions.changed and not plan.failed:
         yield "  nothing to do: the index is in step with the catalog"
 
 
@@ -75,7 +77,7 @@ def _guards(plan: Plan) -> Iterator[str]:
 
 def _explained(plan: Plan) -> Iterator[str]:
     yield "Explained"
-    yield f"  template  {plan.template}"
+    yield f"  template  {printable(plan.template)}"
     yield f"            digest {plan.template_digest[:12]}; a product is embedded again only when its rendered text changes"
     yield f"  columns   schema digest {plan.schema_digest[:12]}; a change of filter columns alone rewrites no vector"
     yield f"  deletes   {_deletes(plan)}"

@@ -44,7 +44,10 @@ def resolve(text: str, *, now: datetime, tz: ZoneInfo, lookback: timedelta, wate
         raise InputError(
             f"--since {text} is {start.astimezone(tz).isoformat()}, which is not before now ({now.astimezone(tz).isoformat()})."
         )
-    return Window(since=None if start is None else _back(start, lookback), until=now.astimezone(UTC))
+    try:
+        return Window(since=None if start is None else _back(start, lookback), until=now.astimezone(UTC))
+    except OverflowError as error:
+        raise InputError(f"--since {text} with a lookback of {lookback} lies before the calendar begins. Use `beginning`.") from error
 
 
 def _start(word: str, text: str, *, now: datetime, tz: ZoneInfo, watermark: datetime | None) -> datetime | None:

@@ -104,6 +104,39 @@ def test_the_plan_after_every_night_is_the_truth_about_that_night(run: Run, shop
             assert found.json["unseen"] == 0
 
 
+def test_a_changed_template_or_filter_reads_everything_whatever_since_says(run: Run, shop: Path) -> None:
+    publish_catalog(shop, now=day(1))
+    edit(shop, "{{ title }} |", "{{ title }} /")
+    found = run("-c", shop, "plan", "--since", "last", "--now", at(1))
+    assert f"~ {PRODUCTS:,} text" in found.out
+    assert "note      the template changed since g000001, so the whole catalog is read" in found.out
+    edit(shop, "{{ title }} /", "{{ title }} |")
+    edit(shop, "size: string, ", "")
+    assert run("-c", shop, "plan", "--output", "json").json["actions"]["attr"] == PRODUCTS
+
+
+def test_completeness_is_measured_for_narrow_windows_too(run: Run, shop: Path) -> None:
+    publish_catalog(shop, now=day(1))
+    catalog = shop.parent / "catalog" / "part-00000.parquet"
+    table = pq.read_table(catalog)
+    pq.write_table(table.slice(0, int(table.num_rows * 0.96)), catalog)
+    found = run("-c", shop, "plan", "--since", "last", "--now", at(1))
+    assert found.code == 12
+    assert "GUARD     completeness: 96.0000%" in found.out
+
+
+def test_a_corrupt_file_is_one_line_of_error(run: Run, shop: Path) -> None:
+    catalog = shop.parent / "catalog" / "part-00000.parquet"
+    data = bytearray(catalog.read_bytes())
+    data[600:1400] = bytes(800)
+    catalog.write_bytes(data)
+    command = [sys.executable, "-m", "jobs.cli", "-q", "-c", str(shop), "plan"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") <= 3, done.stderr
+
+
 def test_catalog_and_store_on_s3_give_the_same_plan(run: Run, shop: Path, s3: S3Server) -> None:
     bucket = s3.bucket()
     options = json.dumps(s3.options)

@@ -78,6 +78,8 @@ def base(folder: Path, rows: list[dict[str, Any]]) -> Base:
     )
     dataset = lance.write_dataset(table, str(folder / "table.lance"), data_storage_version="2.2")
     return Base(
+        template_digest=TEMPLATE.digest,
+        schema_digest=SCHEMA.digest,
         generation="g000001",
         live=len(rows),
         watermark=NOW - timedelta(days=1),

@@ -23,6 +23,7 @@ def guards(**changes: Any) -> dict[str, tuple[bool, int]]:
         "actions": ACTIONS,
         "base_live": 1000,
         "window": Window(since=None, until=NOW),
+        "live_now": 990,
         "newest": NOW - timedelta(hours=1),
         "limits": Limits(),
     }
@@ -35,7 +36,12 @@ def guards(**changes: Any) -> dict[str, tuple[bool, int]]:
         ("deletes", 12, {"actions": replace(ACTIONS, delete=50)}, {"actions": replace(ACTIONS, delete=51)}),
         ("duplicates", 12, {"rows": replace(ROWS, live=984, duplicate=10)}, {"rows": replace(ROWS, live=983, duplicate=11)}),
         ("completeness", 12, {"base_live": 1100}, {"base_live": 1101}),
-        ("completeness", 12, {"base_live": 0}, {"base_live": 0, "rows": RowCounts(read=0, live=0, deleted=0, duplicate=0, quarantined=0)}),
+        (
+            "completeness",
+            12,
+            {"base_live": 0},
+            {"base_live": 0, "live_now": 0, "rows": RowCounts(read=0, live=0, deleted=0, duplicate=0, quarantined=0)},
+        ),
         ("freshness", 12, {"limits": Limits(max_age_s=3600)}, {"limits": Limits(max_age_s=3599)}),
         ("freshness", 12, {"limits": Limits(max_age_s=3600)}, {"limits": Limits(max_age_s=3600), "newest": None}),
         (
@@ -52,7 +58,9 @@ def test_guard_trips_just_past_its_limit(name: str, code: int, good: dict[str, A
 
 
 def test_a_narrow_window_is_not_measured_for_completeness_and_a_first_build_not_for_deletes() -> None:
-    assert "completeness" not in guards(window=Window(since=NOW - timedelta(days=1), until=NOW))
+    narrow = Window(since=NOW - timedelta(days=1), until=NOW)
+    assert "completeness" not in guards(window=narrow, live_now=None)
+    assert guards(window=narrow, live_now=899)["completeness"] == (False, 12)
     assert "deletes" not in guards(base_live=0)
 
 
@@ -89,7 +97,13 @@ def a_plan(**changes: Any) -> Plan:
         unseen=0,
         newest=NOW,
         guards=check(
-            rows=ROWS, actions=ACTIONS, base_live=1000, window=Window(since=NOW - timedelta(1), until=NOW), newest=NOW, limits=Limits()
+            rows=ROWS,
+            actions=ACTIONS,
+            base_live=1000,
+            live_now=None,
+            window=Window(since=NOW - timedelta(1), until=NOW),
+            newest=NOW,
+            limits=Limits(),
         ),
     )
     return replace(plan, **changes)
@@ -123,7 +137,9 @@ def test_a_plan_without_changes_says_so() -> None:
 
 
 def test_a_failed_guard_shows_measure_limit_code_and_advice() -> None:
-    failed = check(rows=ROWS, actions=replace(ACTIONS, delete=400), base_live=1000, window=a_plan().window, newest=NOW, limits=Limits())
+    failed = check(
+        rows=ROWS, actions=replace(ACTIONS, delete=400), base_live=1000, live_now=None, window=a_plan().window, newest=NOW, limits=Limits()
+    )
     plan = a_plan(guards=failed)
     assert plan.exit_code == 12
     assert "GUARD     deletes: 40.0000%, limit 5.0000% (exit 12)" in plan_text(plan)
@@ -131,10 +147,16 @@ def test_a_failed_guard_shows_measure_limit_code_and_advice() -> None:
 
 def test_a_wrong_source_outranks_a_full_quarantine() -> None:
     rows = RowCounts(read=1000, live=400, deleted=0, duplicate=300, quarantined=300)
-    failed = check(rows=rows, actions=ACTIONS, base_live=1000, window=a_plan().window, newest=NOW, limits=Limits())
+    failed = check(rows=rows, actions=ACTIONS, base_live=1000, live_now=None, window=a_plan().window, newest=NOW, limits=Limits())
     assert a_plan(guards=failed).exit_code == 12
     only_quarantine = check(
-        rows=replace(rows, live=700, duplicate=0), actions=ACTIONS, base_live=1000, window=a_plan().window, newest=NOW, limits=Limits()
+        rows=replace(rows, live=700, duplicate=0),
+        actions=ACTIONS,
+        base_live=1000,
+        live_now=None,
+        window=a_plan().window,
+        newest=NOW,
+        limits=Limits(),
     )
     assert a_plan(guards=only_quarantine).exit_code == 13
 
@@ -147,7 +169,15 @@ def test_explain_gives_meaning_and_advice_for_every_reason() -> None:
 
 
 def test_json_holds_the_whole_plan_and_no_number_that_json_lacks() -> None:
-    stale = check(rows=ROWS, actions=ACTIONS, base_live=1000, window=a_plan().window, newest=None, limits=Limits(max_age_s=60))
+    stale = check(
+        rows=ROWS,
+        actions=ACTIONS,
+        base_live=1000,
+        live_now=None,
+        window=Window(since=None, until=NOW),
+        newest=None,
+        limits=Limits(max_age_s=60),
+    )
     data = json.loads(json.dumps(a_plan(guards=stale).to_json(), allow_nan=False))
     assert data["actions"] == {"add": 10, "text": 20, "attr": 30, "delete": 40, "same": 910}
     assert data["source"]["digest"] == a_plan().source.digest
