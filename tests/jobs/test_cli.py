@@ -252,6 +252,12 @@ def test_init_leaves_a_project_alone_and_refuses_what_it_did_not_make(run: Run, 
     assert run("init", shop.parent, "--night", 1).code == 2
 
 
+def test_a_night_keeps_the_seed_and_size_of_the_sample(run: Run, tmp_path: Path) -> None:
+    run("init", "no", "--products", 200, "--seed", 3)
+    assert "200 products as of night 1 (seed 3)" in run("init", "no", "--night", 1).out
+    assert run("-c", "no/catalog-embed.yaml", "plan", "--output", "json").json["actions"]["add"] in range(195, 206)
+
+
 def test_an_interrupted_init_is_finished_by_the_next(run: Run, shop: Path) -> None:
     before = shop.read_bytes()
     shop.unlink()

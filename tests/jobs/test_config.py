@@ -143,6 +143,37 @@ def test_credentials_in_an_address_are_refused_without_being_repeated(tmp_path: 
     assert "canary" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql://h/db?user=u&password=canary",
+        "host=h password=canary",
+        "postgresql://u:can/canary@h/db",
+        "postgresql://u:a@canary@h/db",
+    ],
+)
+def test_the_address_of_a_database_is_masked_whole(tmp_path: Path, uri: str) -> None:
+    text = f"project: shop\nsource: {{ type: sql, uri: '{uri}', table: p, attributes: a, options: {{}} }}\n"
+    assert "canary" not in repr(list(settings(tmp_path, text).describe()))
+
+
+def test_an_error_about_a_variable_does_not_show_what_it_stood_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOP_SECRET", "canary")
+    for section in ("store: { options: '${SHOP_SECRET}' }", "gates: { max_delete_ratio: '${SHOP_SECRET}' }"):
+        with pytest.raises(InputError) as refused:
+            settings(tmp_path, MINIMAL + section + "\n")
+        assert "canary" not in str(refused.value)
+    monkeypatch.setenv("CATALOG_EMBED_STORE__OPTIONS", "{secret_access_key: canary")
+    with pytest.raises(InputError) as refused:
+        settings(tmp_path)
+    assert "canary" not in str(refused.value)
+
+
+def test_a_column_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="maps `titel`, which neither"):
+        settings(tmp_path, MINIMAL.replace(" }", ", columns: { titel: name } }"))
+
+
 def test_every_option_of_every_section_is_described(tmp_path: Path) -> None:
     from dataclasses import fields
 
