@@ -161,7 +161,7 @@ ROWS = st.lists(
     max_size=14,
 )
 STATES = st.dictionaries(IDS, st.tuples(st.sampled_from("xyz"), st.sampled_from("ab")), max_size=9)
-RUNS = settings(max_examples=25, deadline=None)
+RUNS = settings(max_examples=15, deadline=None)
 
 
 @given(STATES, ROWS, st.booleans(), st.none() | st.sets(IDS))
