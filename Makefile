@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 
 .PHONY: help demo test lint format bench bench-diff constraints clean
 help:
-	@echo "make demo         install what the product needs, make a sample shop and plan its first night and the one after"
+	@echo "make demo         install what the product needs, make a sample shop and plan its first night"
 	@echo "make test         install what the tests need and run them all"
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make bench        the benchmarks of docs/experiments.md"

@@ -1,7 +1,7 @@
 """The three 128-bit hashes that decide what a run must do, defined byte by byte in docs/formats.md.
 
 All are BLAKE2b: whoever could craft two ids, or two texts, with one hash could push another seller's product out.
-It costs 0.6 us a row more than XXH3, and saves a dependency (docs/experiments.md).
+It costs 0.5 us a row more than XXH3, and saves a dependency (docs/experiments.md).
 """
 
 from __future__ import annotations
