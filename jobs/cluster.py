@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pipelines.errors import InputError
 
@@ -22,6 +25,8 @@ def connected(address: str, *, verbose: bool = False) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    # Ray starts its processes by fork and exec at once, which is what Lance does not know when it warns.
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
     import ray  # noqa: PLC0415  half a second that `--help` need not pay
 
     if ray.is_initialized():
@@ -39,6 +44,23 @@ def connected(address: str, *, verbose: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def natives_silenced() -> Iterator[None]:
+    """Keep lines that C++ code writes to stderr itself off the screen while the block runs; Python's own stay."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    before = sys.stderr
+    with Path(os.devnull).open("wb") as nowhere, os.fdopen(os.dup(kept), "w", buffering=1, errors="backslashreplace") as stream:
+        os.dup2(nowhere.fileno(), 2)
+        sys.stderr = stream
+        try:
+            yield
+        finally:
+            sys.stderr = before
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _check_reachable(address: str) -> None:

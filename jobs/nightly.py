@@ -1,29 +1,43 @@
-"""The nightly run. So far its first half: resolve the window, open the published base, plan."""
+"""The nightly run: resolve the window, open what is published, plan, and carry the plan out under one lease."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from encoder.registry import TowerOptions, default_tower, read_card
 from jobs.cluster import connected
 from jobs.logs import event
+from jobs.records import Record, open_record
 from jobs.settings import Settings
+from pipelines.build import EmbedOptions, Space, TableOptions
 from pipelines.contracts import Source, Window
-from pipelines.errors import ManifestError
-from pipelines.generation import Base, Planned, PlanRequest, made_otherwise, make_plan, sample_changes, texts_of
+from pipelines.diff import Selection
+from pipelines.diff.dealing import with_rows
+from pipelines.errors import InputError, PlanError
+from pipelines.generation import Located, RunOptions, carry_out, heads, leased
+from pipelines.index.spec import RefreshOptions
+from pipelines.leases import Lease
+from pipelines.manifest import Manifest
 from pipelines.plan import Deletes
-from pipelines.publish import current, open_manifest
+from pipelines.planning import Base, Planned, PlanRequest, made_otherwise, make_plan, sample_changes, texts_of
 from pipelines.schema import ADD, TEXT
 from pipelines.sources import open_source
 from pipelines.storage import Store
+from pipelines.telemetry import Listener
+from pipelines.towers import install
 from pipelines.window import resolve
+from pipelines.work import work_digest
 
 # A partition of this size is joined in about a second and 1 GB; past it, partitions go to the cluster's workers.
 _PARTITION_ROWS = 20_000_000
+_VERSIONED = ("catalog-embed", "ray", "torch", "transformers", "pylance", "lancedb", "faiss-cpu", "pyarrow", "duckdb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,34 +45,26 @@ class Night:
     """What one run is asked to do, beyond the project's settings."""
 
     since: str = "last"
+    until: datetime | None = None
     now: datetime | None = None
     deletes: Deletes | None = None
     verbose: bool = False
+    publish: bool = True
+    reason: str = ""
+    command: str = "run"
+    # A backfill: another tower beside the live one, or a part of the products.
+    tower: Path | None = None
+    selection: Selection | None = None
+    listeners: Sequence[Listener] = field(default=(), repr=False)
 
 
-def open_base(settings: Settings) -> Base | None:
-    """Open the generation that the alias names, or None where nothing is published yet."""
-    if "://" not in settings.store.root and not Path(settings.store.root).exists():
-        return None
-    store = Store.open(settings.store.root, options=settings.store.options)
-    entry = current(store, settings.publish.alias)
-    if entry is None:
-        return None
-    manifest = open_manifest(store, entry)
-    if manifest.table is None:
-        raise ManifestError(
-            f"generation {manifest.generation} pins no table, so there is nothing to compare with. Run `catalog-embed doctor`."
-        )
-    return Base(
-        generation=manifest.generation,
-        live=manifest.counts["live"],
-        watermark=manifest.window.until,
-        table_uri=store.uri(manifest.table.uri),
-        table_version=manifest.table.version,
-        template_digest=manifest.template_digest,
-        schema_digest=manifest.schema_digest,
-        options=settings.store.options,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Bases:
+    """Where a night starts: the live generation, the one whose vectors are extended, and the number of the last log entry."""
+
+    live: Manifest | None
+    extended: Manifest | None
+    seq: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,21 +85,222 @@ class PlannedNight:
 @contextmanager
 def planned(settings: Settings, night: Night) -> Iterator[PlannedNight]:
     """Plan a night. The plan's files live until the block ends; nothing is written to the store."""
-    base = open_base(settings)
-    source = open_source(settings.source, columns=settings.columns_read, fields=settings.schema.fields)
-    request = _request(settings, night, base)
+    bases = open_bases(settings, night)
+    source = open_source_of(settings)
+    request = plan_request(settings, night, bases)
     with tempfile.TemporaryDirectory(prefix="catalog-embed-") as work, connected(settings.ray.address, verbose=night.verbose):
-        event("plan.started", alias=request.alias, base=base.generation if base else "none", since=_shown(request.window))
-        yield PlannedNight(result=make_plan(source, base=base, request=request, work=Path(work)), source=source, request=request)
+        event("plan.started", alias=request.alias, base=bases.live.generation if bases.live else "none", since=_shown(request.window))
+        result = make_plan(source, base=base_of(settings, bases.extended), request=request, work=Path(work))
+        yield PlannedNight(result=result, source=source, request=request)
 
 
-def _request(settings: Settings, night: Night, base: Base | None) -> PlanRequest:
+def run_night(settings: Settings, night: Night) -> Record:
+    """Plan a night and carry it out; the record of the run is in the store, whatever it came to."""
+    with started(settings, night) as work:
+        bases = open_bases(settings, night)
+        request = plan_request(settings, night, bases)
+        with work.record.recorder.stage("plan") as progress:
+            result = make_plan(work.source, base=base_of(settings, bases.extended), request=request, work=work.folder)
+            progress.advance(result.plan.rows.read)
+        work.finish(
+            Located(
+                plan=result.plan,
+                changes=_located(result, work.folder, request),
+                quarantine=result.quarantine,
+                previous=result.previous,
+                base=bases.extended,
+                seq=bases.seq,
+            ),
+            request,
+        )
+    return work.record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A run that has begun: it holds the lease and is connected to Ray."""
+
+    settings: Settings
+    record: Record
+    source: Source
+    options: RunOptions
+    lease: Lease
+    folder: Path
+
+    def finish(self, located: Located, request: PlanRequest) -> None:
+        """Carry a plan out, and note what it came to."""
+        self.record.planned(located.plan)
+        digest = work_digest(self.options.space, base=located.base, changes=located.changes, part_rows=self.options.embedding.part_rows)
+        self.record.ended(
+            carry_out(
+                self.source,
+                located,
+                request,
+                self.options,
+                lease=self.lease,
+                recorder=self.record.recorder,
+                run_id=self.record.resume(digest),
+                work=self.folder,
+            )
+        )
+
+
+@contextmanager
+def started(settings: Settings, night: Night) -> Iterator[Work]:
+    """Begin a run: its record, its tower in the store, the lease, a folder for its files, and Ray."""
+    with open_record(settings, command=night.command, listeners=night.listeners) as record:
+        space = make_space(settings, record.store, tower=night.tower)
+        options = run_options(settings, record.store, space, night)
+        source = open_source_of(settings)
+        with (
+            tempfile.TemporaryDirectory(prefix="catalog-embed-") as folder,
+            leased(options, record.run_id) as lease,
+            connected(settings.ray.address, verbose=night.verbose),
+        ):
+            yield Work(settings=settings, record=record, source=source, options=options, lease=lease, folder=Path(folder))
+
+
+def _located(result: Planned, work: Path, request: PlanRequest) -> Path:
+    changes = work / "located.parquet"
+    with_rows(result.changes, result.previous, result.current, outcome=changes, options=request.diff)
+    return changes
+
+
+def open_bases(settings: Settings, night: Night) -> Bases:
+    """Open the live generation, and the one that this night's tower extends. Reads only."""
+    if "://" not in settings.store.root and not Path(settings.store.root).exists():
+        return Bases(live=None, extended=None, seq=0)
+    store = open_store(settings)
+    live, extended, seq = heads(store, settings.publish.alias, fingerprint_of(settings, night.tower))
+    return Bases(live=live, extended=extended, seq=seq)
+
+
+def open_store(settings: Settings) -> Store:
+    """Open the store of the project."""
+    return Store.open(settings.store.root, options=settings.store.options)
+
+
+def tower_directory(settings: Settings, tower: Path | None = None) -> Path:
+    """Return where the tower is that embeds: the one asked for, the configured one, or the packaged default."""
+    if tower is not None:
+        return tower
+    return Path(settings.tower.path) if settings.tower.path else default_tower()
+
+
+def tower_options(settings: Settings) -> TowerOptions:
+    """Return what the project asks of its tower."""
+    tower = settings.tower
+    return TowerOptions(template_digest=settings.template.digest, dims=tower.dims, max_tokens=tower.max_tokens, dtype=tower.dtype)
+
+
+def fingerprint_of(settings: Settings, tower: Path | None = None) -> str:
+    """Return the fingerprint of the tower that embeds."""
+    return read_card(tower_directory(settings, tower), tower_options(settings)).fingerprint
+
+
+def make_space(settings: Settings, store: Store, *, tower: Path | None = None) -> Space:
+    """Put the tower into the store, where workers and readers find it, and say how its vectors are kept."""
+    directory = tower_directory(settings, tower)
+    options = tower_options(settings)
+    card = read_card(directory, options)
+    return Space(
+        directory=directory,
+        card=card,
+        options=options,
+        objects=install(store, directory, card),
+        schema=settings.schema,
+        vector=settings.embed.vector,
+    )
+
+
+def run_options(settings: Settings, store: Store, space: Space, night: Night) -> RunOptions:
+    """Gather how a plan is carried out."""
+    embed, index, refresh = settings.embed, settings.index, settings.refresh
+    return RunOptions(
+        store=store,
+        options=settings.store.options,
+        space=space,
+        embedding=EmbedOptions(
+            part_rows=embed.part_rows,
+            actors=embed.actors,
+            gpus_per_actor=embed.gpus_per_actor,
+            token_budget=embed.token_budget,
+            threads=embed.threads,
+        ),
+        table=TableOptions(
+            vector_index=index.lance.type,
+            scalar=tuple(settings.document.filters) if index.lance.scalar is None else index.lance.scalar,
+            text=index.lance.text,
+            flat_below=index.lance.flat_below,
+            fold_after=index.lance.fold_after,
+        ),
+        refresh=RefreshOptions(
+            delta_until=refresh.delta_until,
+            tombstones_until=refresh.tombstones_until,
+            max_segments=refresh.max_segments,
+            flat_below=index.faiss.flat_below,
+            factory=None if index.faiss.type == "auto" else index.faiss.type,
+        ),
+        limits=settings.gate_limits,
+        waivers=settings.gates.waivers,
+        samples=settings.gates.samples,
+        publish=night.publish,
+        reason=night.reason,
+        lease=settings.publish.lease,
+        config_digest=config_digest(settings),
+        versions=versions(),
+        clock=lambda: night.now or datetime.now(tz=UTC),
+    )
+
+
+def config_digest(settings: Settings) -> str:
+    """Hash the settings as they are shown, secrets masked."""
+    return hashlib.sha256("\n".join(f"{key}={value}" for key, value, _ in settings.describe()).encode()).hexdigest()
+
+
+def versions() -> Mapping[str, str]:
+    """Return the versions that a generation is made with."""
+    return {name: importlib.metadata.version(name) for name in _VERSIONED}
+
+
+def open_source_of(settings: Settings) -> Source:
+    """Open the project's catalog."""
+    return open_source(settings.source, columns=settings.columns_read, fields=settings.schema.fields)
+
+
+def base_of(settings: Settings, manifest: Manifest | None) -> Base | None:
+    """Return what a plan needs of a generation."""
+    if manifest is None:
+        return None
+    if manifest.table is None:
+        raise PlanError(f"generation {manifest.generation} pins no table, so there is nothing to compare with. Run `catalog-embed doctor`.")
+    return Base(
+        generation=manifest.generation,
+        live=manifest.counts["live"],
+        watermark=manifest.window.until,
+        table_uri=open_store(settings).uri(manifest.table.uri),
+        table_version=manifest.table.version,
+        template_digest=manifest.template_digest,
+        schema_digest=manifest.schema_digest,
+        tower=manifest.tower,
+        options=settings.store.options,
+    )
+
+
+def plan_request(settings: Settings, night: Night, bases: Bases) -> PlanRequest:
+    """Resolve what a night asks for against what is published."""
     now = night.now or datetime.now(tz=UTC)
+    base = base_of(settings, bases.extended)
+    beside = base_of(settings, bases.live) if bases.live is not None and bases.live is not bases.extended else None
+    if night.selection is not None and base is None:
+        raise InputError("nothing is published yet, so there is nothing to fill in. Run `catalog-embed run` first.")
     watermark = base.watermark if base else None
     # A catalog without update times cannot be narrowed, so its nights read everything.
     since = "beginning" if night.since == "last" and settings.columns.updated_at is None else night.since
     window = resolve(since, now=now, tz=settings.zone, lookback=settings.plan.lookback, watermark=watermark)
-    if base and made_otherwise(base, template=settings.template, schema=settings.schema):
+    if night.until is not None:
+        window = Window(since=window.since, until=min(night.until, now), bounded=True)
+    elif beside or (base and made_otherwise(base, template=settings.template, schema=settings.schema)):
         window = Window(since=None, until=window.until)
     return PlanRequest(
         alias=settings.publish.alias,
@@ -103,9 +310,13 @@ def _request(settings: Settings, night: Night, base: Base | None) -> PlanRequest
         template=settings.template,
         normalizing=settings.normalizing(window),
         limits=settings.limits,
-        deletes=night.deletes or settings.plan.deletes,
+        deletes="off" if night.selection is not None else night.deletes or settings.plan.deletes,
         diff=settings.diff,
         partitions=settings.plan.partitions or _partitions(base),
+        tower=fingerprint_of(settings, night.tower),
+        beside=beside,
+        beside_allowed=night.tower is not None,
+        selection=night.selection,
     )
 
 

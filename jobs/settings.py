@@ -11,8 +11,10 @@ from zoneinfo import ZoneInfo
 
 from jobs.config import Layer, build, described, layers
 from pipelines.contracts import ColumnMap, Window
-from pipelines.diff import DiffOptions
+from pipelines.diff.engine import DiffOptions
 from pipelines.errors import InputError
+from pipelines.gates import GateLimits, Waiver
+from pipelines.index.spec import RefreshOptions
 from pipelines.normalize import NormalizeOptions
 from pipelines.plan import Deletes, Limits
 from pipelines.schema import ProductSchema
@@ -81,18 +83,90 @@ class Planning:
 
 @dataclass(frozen=True, kw_only=True)
 class Gates:
-    """Where a plan or a generation stops being believable; all are shares of one."""
+    """Where a plan stops being believable; all are shares of one. The limits of a generation stand beside them (GateLimits)."""
 
     max_delete_ratio: float = Limits.max_delete_ratio
     max_duplicate_ratio: float = Limits.max_duplicate_ratio
     quarantine_ratio: float = Limits.quarantine_ratio
+    samples: int = 128
+    waivers: tuple[Waiver, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerPlace:
+    """The trained product tower. Without a path it is the packaged all-MiniLM-L6-v2."""
+
+    path: str | None = None
+    dims: int | None = None
+    max_tokens: int | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """How vectors are made and kept. `vector` is how their numbers are stored; `cost_per_hour` is the price of one actor."""
+
+    vector: Literal["float32", "float16"] = "float32"
+    part_rows: int | None = None
+    actors: int | None = None
+    gpus_per_actor: float | None = None
+    token_budget: int | None = None
+    threads: int | None = None
+    cost_per_hour: float | None = None
+    currency: str = "EUR"
+
+    def __post_init__(self) -> None:
+        for name in ("part_rows", "actors", "token_budget", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"`{name}` is at least 1, not {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaissIndex:
+    """How FAISS holds the vectors: a factory such as `IVF1024,SQ8`, or `auto`, which is Flat below `flat_below` rows."""
+
+    type: str = "auto"
+    flat_below: int = RefreshOptions.flat_below
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanceIndex:
+    """Which indexes the table has beside the vectors'."""
+
+    type: str = "auto"
+    scalar: tuple[str, ...] | None = None
+    text: tuple[str, ...] = ()
+    flat_below: int = 20_000
+    fold_after: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Indexes:
+    """Both indexes of a generation."""
+
+    faiss: FaissIndex = field(default_factory=FaissIndex)
+    lance: LanceIndex = field(default_factory=LanceIndex)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refresh:
+    """When a growing index is built anew instead of extended; shares of the live rows."""
+
+    delta_until: float = RefreshOptions.delta_until
+    tombstones_until: float = RefreshOptions.tombstones_until
+    max_segments: int = RefreshOptions.max_segments
 
 
 @dataclass(frozen=True, kw_only=True)
 class Publishing:
-    """The name under which readers find the index."""
+    """The name under which readers find the index, and how many generations stay behind it."""
 
     alias: str = "prod"
+    keep: int = 7
+    grace: timedelta = timedelta(days=2)
+    lease: timedelta = timedelta(minutes=10)
+    metrics: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +182,11 @@ SECTIONS: Mapping[str, tuple[type, ...]] = {
     "document": (Document,),
     "store": (StorePlace,),
     "plan": (Planning,),
-    "gates": (Gates,),
+    "tower": (TowerPlace,),
+    "embed": (Embedding,),
+    "index": (Indexes,),
+    "refresh": (Refresh,),
+    "gates": (Gates, GateLimits),
     "publish": (Publishing,),
     "ray": (Cluster,),
 }
@@ -126,6 +204,11 @@ class Settings:
     store: StorePlace
     plan: Planning
     gates: Gates
+    gate_limits: GateLimits
+    tower: TowerPlace
+    embed: Embedding
+    index: Indexes
+    refresh: Refresh
     publish: Publishing
     ray: Cluster
     origins: Layer = field(repr=False)
@@ -194,6 +277,7 @@ def load(path: Path, *, target: str | None = None, overrides: Mapping[str, Any] 
     layer = layers(path=path, target=target, overrides=overrides or {}, sections=SECTIONS)
     source = build(SourceSpec, "source", layer)
     store = build(StorePlace, "store", layer)
+    tower = build(TowerPlace, "tower", layer)
     settings = Settings(
         project=build(Project, "", layer),
         source=replace(source, path=_beside(path, source.path)) if source.path else source,
@@ -203,6 +287,11 @@ def load(path: Path, *, target: str | None = None, overrides: Mapping[str, Any] 
         store=replace(store, root=_beside(path, store.root)),
         plan=build(Planning, "plan", layer),
         gates=build(Gates, "gates", layer),
+        gate_limits=build(GateLimits, "gates", layer),
+        tower=replace(tower, path=_beside(path, tower.path)) if tower.path else tower,
+        embed=build(Embedding, "embed", layer),
+        index=build(Indexes, "index", layer),
+        refresh=build(Refresh, "refresh", layer),
         publish=build(Publishing, "publish", layer),
         ray=build(Cluster, "ray", layer),
         origins=layer,

@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from datetime import timedelta
+from datetime import date, timedelta
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -79,6 +79,8 @@ def _convert_dataclass(raw: Any, kind: Any, where: str) -> Any:
 def _convert_scalar(raw: Any, kind: Any, where: str) -> Any:
     if kind is Any:
         return raw
+    if kind is date:
+        return _day(raw, where)
     if kind is timedelta:
         try:
             return span(str(raw))
@@ -94,3 +96,13 @@ def _convert_scalar(raw: Any, kind: Any, where: str) -> Any:
 
 
 _NAMES: dict[Any, str] = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _day(raw: Any, where: str) -> date:
+    """Read a day; YAML has made a date of it already where it is written plainly."""
+    if type(raw) is date:
+        return raw
+    try:
+        return date.fromisoformat(raw)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"`{where}` must be a day such as 2026-12-31, not `{raw}`.") from error

@@ -14,7 +14,8 @@ import secrets
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -60,10 +61,11 @@ NO_FAULTS = NoFaults()
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectInfo:
-    """What a listing or a head says about an object."""
+    """What a listing or a head says about an object. `modified` is the store's own clock, and no part of what the object is."""
 
     key: str
     size: int
+    modified: datetime | None = field(default=None, compare=False)
 
 
 @contextlib.contextmanager
@@ -146,17 +148,17 @@ class Disk:
                     elif entry.is_file() and not entry.name.startswith(TEMPORARY):
                         # What goes away before its stat is being deleted, and no longer there to report.
                         with contextlib.suppress(FileNotFoundError):
-                            yield ObjectInfo(key=entry.path[below_root:], size=entry.stat().st_size)
+                            yield _info(entry.path[below_root:], entry.stat())
 
     def head(self, key: str) -> ObjectInfo | None:
-        """Return the size, or None when there is no object."""
+        """Return size and time, or None when there is no object."""
         path = self._path(key)
         try:
             with self._explained("look at", path):
                 found = path.stat()
         except NotFound:
             return None
-        return ObjectInfo(key=key, size=found.st_size) if stat.S_ISREG(found.st_mode) else None
+        return _info(key, found) if stat.S_ISREG(found.st_mode) else None
 
     def delete(self, key: str) -> None:
         """Remove the object if it is there."""
@@ -262,6 +264,10 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
             return [*entries]
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _info(key: str, found: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(key=key, size=found.st_size, modified=datetime.fromtimestamp(found.st_mtime, UTC))
 
 
 def _fsync(path: Path) -> None:

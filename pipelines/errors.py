@@ -8,6 +8,8 @@ CatalogEmbedError          1   something failed; the message says what to do
 │   ├── NotFound           1   the object is not there
 │   ├── AlreadyExists     11   put-if-absent lost: another run was first
 │   └── CorruptObject      1   bytes differ from the manifest: roll back
+├── LeaseHeld             11   another run is writing: wait for it, or look at `status`
+├── EmbedError             1   the tower failed on more than single rows: see its message, run again to resume
 ├── ManifestError          1   the manifest is unreadable or was written by a newer version
 └── PlanError              1   the plan could not be made, or does not fit its base: plan again
 
@@ -53,6 +55,16 @@ class AlreadyExists(StoreError):
 
 class CorruptObject(StoreError):
     """The bytes are not those that were written."""
+
+
+class LeaseHeld(CatalogEmbedError):
+    """Another run holds the lease, or took it over."""
+
+    exit_code = 11
+
+
+class EmbedError(CatalogEmbedError):
+    """The embed stage failed as a whole."""
 
 
 class ManifestError(CatalogEmbedError):

@@ -1,350 +1,357 @@
-"""A run, in order. So far: open the base, read, prepare, diff, judge. `make_plan` stops before anything is written to the store."""
+"""A run, in order: lease, base, plan, guards, embed, apply, segment, gates, generation, publish.
+
+Killed anywhere, a run leaves what is published untouched; the next one repeats at most the parts that were in flight.
+"""
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from functools import partial
-from itertools import repeat
 from pathlib import Path
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.contracts import Source, SourcePin, Window
-from pipelines.diff import Difference, DiffOptions, combine, count_texts, diff, first_ids, merge, with_ids
-from pipelines.errors import InputError, PlanError, SourceMoved
-from pipelines.normalize import NormalizeOptions
-from pipelines.plan import ActionCounts, Deletes, Embedding, Limits, Plan, RowCounts, check
-from pipelines.prepare import Prepared, Preparer, PresentIds, TextsOf
-from pipelines.schema import (
-    ATTR,
-    DELETE,
-    EXCERPT,
-    FIELD,
-    HASH,
-    ID,
-    ID_HASH,
-    PUBLISHED,
-    QUARANTINE,
-    REASON,
-    ROW,
-    SCANNED,
-    SHARD,
-    STAGE,
-    TEXT,
-    UPDATED_AT,
-    ProductSchema,
-)
-from pipelines.spool import Spool
-from pipelines.text import Template
-from pipelines.workers import scan, spread
+from pipelines.build import Build, Embedded, EmbedOptions, Space, TableOptions
+from pipelines.candidate import apply, segment
+from pipelines.contracts import Source, Window
+from pipelines.diff.dealing import first_embedded
+from pipelines.errors import NotFound, SourceMoved
+from pipelines.gates import GATE_FAILED, Gate, GateLimits, Measured, Waiver, failed, from_json, judge, to_json, verdicts
+from pipelines.index.spec import RefreshOptions
+from pipelines.index.update import NextIndex
+from pipelines.leases import Lease, held
+from pipelines.manifest import Manifest, ManifestObject, canonical
+from pipelines.plan import QUARANTINE_FULL, Guard, Plan
+from pipelines.planned_rows import fetch
+from pipelines.planning import PlanRequest
+from pipelines.prepare import Preparer
+from pipelines.probes import Candidate, measure
+from pipelines.publish import LogEntry, current, next_generation, open_manifest, publish, write_generation
+from pipelines.schema import ACTION, ID, ID_HASH, REASON, TEXT
+from pipelines.storage import Store
+from pipelines.stores.parquet import write_rows
+from pipelines.telemetry import Recorder
+from pipelines.work import deal, embed
 
-DUPLICATE_ID = "duplicate_id"
+Outcome = Literal["published", "built", "nothing", "gates_failed", "guarded"]
 
-# For catalogs so small that no text falls into the sample.
-_TOKENS_PER_BYTE = 0.25
+_REPLAYED = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Base:
-    """The published generation that a plan starts from."""
+class RunOptions:
+    """How a plan is carried out."""
 
-    generation: str
-    live: int
-    watermark: datetime
-    table_uri: str
-    table_version: int
-    template_digest: str
-    schema_digest: str
-    options: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanRequest:
-    """What to plan, and within which bounds."""
-
-    alias: str
-    window: Window
-    zone: str
-    lookback: timedelta
-    template: Template
-    normalizing: NormalizeOptions
-    limits: Limits
-    deletes: Deletes = "auto"
-    diff: DiffOptions = field(default_factory=DiffOptions)
-    partitions: int = 1
-    partitions_in_flight: int = 2
-
-    def __post_init__(self) -> None:
-        if self.deletes not in ("auto", "tombstones", "scan", "off"):
-            raise InputError(f"--deletes `{self.deletes}` is unknown. Use auto, tombstones, scan or off.")
-        if self.partitions < 1:
-            raise InputError(f"`partitions` is at least 1, not {self.partitions}.")
+    store: Store
+    options: Mapping[str, str] = field(repr=False)
+    space: Space
+    embedding: EmbedOptions
+    table: TableOptions
+    refresh: RefreshOptions
+    limits: GateLimits
+    waivers: tuple[Waiver, ...] = ()
+    samples: int = 128
+    publish: bool = True
+    reason: str = ""
+    lease: timedelta = timedelta(minutes=10)
+    config_digest: str = "none"
+    versions: Mapping[str, str] = field(default_factory=dict)
+    clock: Callable[[], datetime]
 
     @property
-    def scans_ids(self) -> bool:
-        """Whether all ids are read beside the window: a narrow window alone cannot tell what is gone."""
-        return not self.window.full and self.deletes in ("auto", "scan")
+    def lease_name(self) -> str:
+        """What a run leases: the space of one tower."""
+        return f"tower-{self.space.card.fingerprint[:16]}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
-    """A plan and the files behind it, in a work folder that the caller removes."""
+class Located:
+    """A plan and its files: the changes with their rows in the source, the rejected rows, and the state it starts from."""
 
     plan: Plan
     changes: Path
     quarantine: Path
-    previous: list[Path]
-    current: list[Path]
-
-
-@dataclass
-class _Tally:
-    """What is counted while batches stream by."""
-
-    until: datetime
-    read: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    repaired: Counter[str] = field(default_factory=Counter)
-    sample_tokens: int = 0
-    sample_bytes: int = 0
-    newest: datetime | None = None
-
-    def reject(self, reason: str, count: int) -> None:
-        """Count rows that are rejected after their batch was prepared."""
-        if count:
-            self.rejected[reason] += count
-
-    def add(self, batch: Prepared) -> None:
-        """Count one batch."""
-        self.read += batch.rows_in
-        self.repaired.update(dict(batch.repaired))
-        self.sample_tokens += batch.sample_tokens
-        self.sample_bytes += batch.sample_bytes
-        self.rejected.update(batch.rejected.column(REASON).to_pylist())
-        times = batch.rows.column(UPDATED_AT)
-        # A time in the future was set to `until`; it says nothing about how fresh the feed is.
-        newest = pc.max(times.filter(pc.less(times, pa.scalar(self.until, times.type)))).as_py()
-        if newest is not None:
-            self.newest = max(newest, self.newest or newest)
+    previous: Sequence[Path]
+    base: Manifest | None
+    seq: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sides:
-    """Both sides of the diff, spooled, and what was learnt on the way."""
+class Ran:
+    """What a run came to."""
 
-    pin: SourcePin
-    previous: list[Path]
-    current: list[Path]
-    present: list[Path] | None
-    num_present: int | None
-    rejects: Spool
-    tally: _Tally
+    outcome: Outcome
+    exit_code: int
+    run_id: str
+    plan: Plan
+    generation: str | None = None
+    entry: LogEntry | None = None
+    gates: tuple[Gate, ...] = ()
+    embedded: Embedded | None = None
+    index: NextIndex | None = None
+    recall: Mapping[str, float] = field(default_factory=dict)
+    quarantined: Mapping[str, int] = field(default_factory=dict)
+    guards: tuple[Guard, ...] = ()
+    bytes_written: int = 0
+    bytes_total: int = 0
 
 
-def make_plan(source: Source, *, base: Base | None, request: PlanRequest, work: Path) -> Planned:
-    """Compare a source with the published generation. Reads only; every file it makes lies in `work`."""
-    sides = _read_sides(source, base, request, work)
-    difference = _diff(sides, request, work)
-    sides.rejects.add(_conflict_rejects(difference.conflicts))
-    sides.tally.reject(DUPLICATE_ID, difference.conflicts.num_rows)
-    quarantine = work / "quarantine.parquet"
-    merge(sides.rejects.close(), by=(SHARD, ROW, REASON), outcome=quarantine, options=request.diff)
-    return Planned(
-        plan=_judge(sides, difference, base, request),
-        changes=difference.changes,
-        quarantine=quarantine,
-        previous=sides.previous,
-        current=sides.current,
+def leased(options: RunOptions, run_id: str) -> Any:
+    """Hold the lease of the space while the block runs."""
+    return held(options.store, options.lease_name, run_id=run_id, ttl=options.lease, clock=options.clock)
+
+
+def heads(store: Store, alias: str, tower: str) -> tuple[Manifest | None, Manifest | None, int]:
+    """Return the live generation, the newest good generation of this tower to extend, and the number of the last log entry."""
+    entry = current(store, alias)
+    live = open_manifest(store, entry) if entry else None
+    seq = entry.seq if entry else 0
+    return live, live if live is not None and live.tower == tower else _newest_of(store, tower), seq
+
+
+def _newest_of(store: Store, tower: str) -> Manifest | None:
+    """Return the newest generation of a tower that is whole and passed its gates, published or not."""
+    keys = [info.key for info in store.list("generations") if info.key.endswith("/manifest.json")]
+    for key in sorted(keys, reverse=True):
+        manifest = Manifest.from_json(store.get(key), where=store.uri(key))
+        if manifest.tower == tower and not manifest.failed_gates and manifest.table is not None:
+            return manifest
+    return None
+
+
+def carry_out(
+    source: Source,
+    located: Located,
+    request: PlanRequest,
+    options: RunOptions,
+    *,
+    lease: Lease,
+    recorder: Recorder,
+    run_id: str,
+    work: Path,
+) -> Ran:
+    """Carry a plan out: the caller holds the lease, and made the plan from the base that is still live."""
+    plan = located.plan
+    if plan.failed:
+        return Ran(outcome="guarded", exit_code=plan.exit_code, run_id=run_id, plan=plan, guards=plan.failed, quarantined=plan.rejected)
+    if not plan.actions.changed and located.base is not None and not _rewrites(located, request):
+        return Ran(outcome="nothing", exit_code=0, run_id=run_id, plan=plan, quarantined=plan.rejected)
+    build = _build(located, request, options, recorder=recorder, run_id=run_id, work=work)
+    with recorder.stage("deal"):
+        dealt = deal(build, located.changes, located.previous)
+    options.store.failpoint("run.dealt")
+    embedded = embed(build, dealt, source.read(request.window))
+    if (now := source.snapshot()) != plan.source:
+        moved = "; ".join(plan.source.moved(now)[:3])
+        raise SourceMoved(f"the catalog changed while it was read again ({moved}). Run again: vectors that are made are kept.")
+    quarantined = Counter(plan.rejected)
+    quarantined.update(embedded.rejected.column(REASON).to_pylist())
+    if (guard := _too_many(plan, sum(quarantined.values()), request)) is not None:
+        return Ran(outcome="guarded", exit_code=guard.exit_code, run_id=run_id, plan=plan, guards=(guard,), quarantined=quarantined)
+    texts = _some_texts(source, located, request, embedded)
+    lease.check()
+    return _finish(located, request, options, build, embedded, lease=lease, recorder=recorder, quarantined=quarantined, texts=texts)
+
+
+def _some_texts(source: Source, located: Located, request: PlanRequest, embedded: Embedded) -> Mapping[str, str]:
+    """Return the texts of a few products that were embedded: the gates embed them again, one by one."""
+    if not embedded.texts:
+        return {}
+    chosen = first_embedded(located.changes, limit=_REPLAYED)
+    chosen = chosen.filter(pc.invert(pc.is_in(chosen.column(ID_HASH), embedded.lost.column(ID_HASH))))
+    if not chosen.num_rows:
+        return {}
+    shards = {shard.name: shard for shard in source.read(request.window)}
+    rows, texts = fetch(chosen, shards.get, Preparer(normalizing=request.normalizing, template=request.template))
+    return dict(zip(rows.column(ID).to_pylist(), texts.to_pylist(), strict=True))
+
+
+def _rewrites(located: Located, request: PlanRequest) -> bool:
+    """Whether the filter columns changed since the base: then the table is written anew, with the vectors that it has."""
+    return located.base is not None and located.base.schema_digest != request.normalizing.schema.digest
+
+
+def _build(located: Located, request: PlanRequest, options: RunOptions, *, recorder: Recorder, run_id: str, work: Path) -> Build:
+    return Build(
+        store=options.store,
+        options=options.options,
+        run_id=run_id,
+        generation=next_generation(options.store),
+        space=options.space,
+        base=located.base,
+        preparer=Preparer(normalizing=request.normalizing, template=request.template),
+        embedding=options.embedding,
+        table=options.table,
+        refresh=options.refresh,
+        diff=request.diff,
+        work=work,
+        observer=recorder,
+        rewrite=_rewrites(located, request),
+        afresh=request.selection is not None and request.selection.again,
     )
 
 
-def make_room(directory: Path) -> None:
-    """Make the folder for a plan to be saved in; refuse one that holds anything, before any work is done."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        taken = any(directory.iterdir())
-    except OSError as error:
-        raise InputError(f"cannot save a plan in {directory}: {error.strerror}. Choose a folder that you may write to.") from error
-    if taken:
-        raise InputError(f"{directory} is not empty. A plan is never written over another: choose a new folder for --out.")
+def _too_many(plan: Plan, quarantined: int, request: PlanRequest) -> Guard | None:
+    """Return the guard that trips where rows that could not be embedded fill the quarantine."""
+    share, limit = quarantined / max(plan.rows.read, 1), request.limits.quarantine_ratio
+    if share <= limit or quarantined == plan.rows.quarantined:
+        return None
+    advice = "Rows could not be embedded; the run's quarantine.parquet lists them. Mend them, or raise `gates.quarantine_ratio`."
+    return Guard(name="quarantine", passed=False, measured=share, limit=limit, advice=advice, exit_code=QUARANTINE_FULL)
 
 
-def save(planned: Planned, directory: Path) -> None:
-    """Write a plan where `apply` finds it: changes with ids, quarantined rows, and plan.json last, which makes it whole."""
-    make_room(directory)
-    with_ids(planned.changes, planned.previous, planned.current, outcome=directory / "changes.parquet")
-    shutil.copyfile(planned.quarantine, directory / "quarantine.parquet")
-    text = json.dumps(planned.plan.to_json(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (directory / "plan.json").write_text(text, encoding="utf-8")
-
-
-def sample_changes(planned: Planned, *, limit: int) -> dict[str, list[str]]:
-    """Return up to `limit` ids for each action: the ones with the smallest hashes, so always the same."""
-    return first_ids(planned.changes, planned.previous, planned.current, limit=limit)
-
-
-def texts_of(source: Source, ids: Sequence[str], request: PlanRequest) -> dict[str, str]:
-    """Read the source once more and return the texts of these products, as the tower would read them."""
-    look = TextsOf(normalizing=request.normalizing, template=request.template, ids=tuple(ids))
-    rows = [row for table in scan(source.read(request.window), look) for row in table.to_pylist()] if ids else []
-    return {row[ID]: row["text"] for row in rows}
-
-
-def _read_sides(source: Source, base: Base | None, request: PlanRequest, work: Path) -> _Sides:
-    """Pin the source, then spool the published state, the catalog and, for a narrow window, all ids there are."""
-    pin = source.snapshot()
-    previous = Spool(work, "previous", PUBLISHED, partitions=request.partitions)
-    if base is not None:
-        from pipelines.stores.lance import read_published  # noqa: PLC0415  a second of imports that a first plan need not pay
-
-        for table in read_published(base.table_uri, version=base.table_version, options=base.options):
-            previous.add(table)
-        if previous.num_rows != base.live:
-            raise PlanError(
-                f"generation {base.generation} promises {base.live} products but its table holds {previous.num_rows}. "
-                "Run `catalog-embed doctor`, then `catalog-embed rollback`."
-            )
-    current = Spool(work, "current", SCANNED, partitions=request.partitions)
-    rejects = Spool(work, "rejects", QUARANTINE)
-    tally = _Tally(until=request.window.until)
-    preparer = Preparer(normalizing=request.normalizing, template=request.template)
-    for table in scan(source.read(request.window), preparer.packed):
-        for batch in Prepared.unpack(table):
-            current.add(batch.rows)
-            rejects.add(batch.rejected)
-            tally.add(batch)
-    present = _spool_present(source, request, work) if request.scans_ids else None
-    now = source.snapshot()
-    if now != pin:
-        raise SourceMoved(f"the catalog changed while it was read ({'; '.join(pin.moved(now)[:3])}). Plan again when the export is done.")
-    return _Sides(
-        pin=pin,
-        previous=previous.close(),
-        current=current.close(),
-        present=present.close() if present else None,
-        num_present=present.num_rows if present else None,
-        rejects=rejects,
-        tally=tally,
+def _finish(
+    located: Located,
+    request: PlanRequest,
+    options: RunOptions,
+    build: Build,
+    embedded: Embedded,
+    *,
+    lease: Lease,
+    recorder: Recorder,
+    quarantined: Mapping[str, int],
+    texts: Mapping[str, str],
+) -> Ran:
+    """Apply, index, measure, write the generation, and publish it if it is good."""
+    plan, store = located.plan, options.store
+    actions = plan.actions
+    lost_updates = int(pc.sum(pc.equal(embedded.lost.column(ACTION), TEXT)).as_py() or 0)
+    lost_adds = embedded.lost.num_rows - lost_updates
+    live = plan.base_live + actions.add - actions.delete - lost_adds - lost_updates
+    if build.rewrite:
+        live = actions.add + actions.text + actions.attr - embedded.lost.num_rows
+    quarantine = _keep_quarantine(store, located, embedded, run_id=build.run_id)
+    pin = apply(build, embedded, live=live)
+    index = segment(build, embedded, pin, live=live)
+    manifest = Manifest(
+        generation=build.generation,
+        parent=_parent(store, request.alias),
+        created_at=options.clock(),
+        run_id=build.run_id,
+        source=plan.source,
+        window=_settled(located, request),
+        tower=options.space.card.fingerprint,
+        template_digest=plan.template_digest,
+        schema_digest=plan.schema_digest,
+        config_digest=options.config_digest,
+        table=pin,
+        parts=(*(build.extends.parts if build.extends else ()), *embedded.parts),
+        segments=index.segments,
+        tombstones=index.tombstones,
+        attachments=(*options.space.objects, *quarantine),
+        counts={"live": live, "rejected": sum(quarantined.values()), "read": plan.rows.read},
+        versions=options.versions,
     )
-
-
-def _spool_present(source: Source, request: PlanRequest, work: Path) -> Spool:
-    """Spool the id hashes of every product that the source holds and does not call deleted."""
-    present = Spool(work, "present", pa.schema([(ID_HASH, HASH)]), partitions=request.partitions)
-    for table in scan(source.ids(), PresentIds(normalizing=request.normalizing)):
-        present.add(table)
-    return present
-
-
-def _diff(sides: _Sides, request: PlanRequest, work: Path) -> Difference:
-    """Diff in one join, or partition by partition on the cluster's workers; the outcome is the same."""
-    absent_goes = request.window.full and request.deletes != "tombstones"
-    how = partial(diff, absent_goes=absent_goes, deletes=request.deletes != "off", options=request.diff)
-    outcome = work / "changes.parquet"
-    if request.partitions == 1:
-        return how(sides.previous, sides.current, present=sides.present, outcome=outcome)
-    partitions = zip(sides.previous, sides.current, sides.present or repeat(None), strict=False)
-    parts: list[Difference] = []
-    arguments = ((how, *map(_read, partition)) for partition in partitions)
-    for index, (difference, changes) in enumerate(spread(_diff_partition, arguments, in_flight=request.partitions_in_flight)):
-        path = work / f"changes-{index:03d}.parquet"
-        path.write_bytes(changes)
-        parts.append(replace(difference, changes=path))
-    return combine(parts, outcome=outcome, options=request.diff)
-
-
-def _read(path: Path | None) -> pa.Table | None:
-    return None if path is None else pq.read_table(path)
-
-
-def _diff_partition(
-    how: Callable[..., Difference], previous: pa.Table, current: pa.Table, present: pa.Table | None
-) -> tuple[Difference, bytes]:
-    """Diff one partition on a worker, which has no folder in common with the driver."""
-    with tempfile.TemporaryDirectory(prefix="catalog-embed-") as folder:
-        outcome = Path(folder) / "changes.parquet"
-        return how(previous, current, present=present, outcome=outcome), outcome.read_bytes()
-
-
-def _conflict_rejects(conflicts: pa.Table) -> pa.Table:
-    """Turn rows that lost against an equally new one into quarantine records."""
-    fixed = {STAGE: "diff", REASON: DUPLICATE_ID, FIELD: ID, EXCERPT: b""}
-    columns = [
-        pa.repeat(pa.scalar(fixed[item.name], item.type), conflicts.num_rows) if item.name in fixed else conflicts.column(item.name)
-        for item in QUARANTINE
-    ]
-    return pa.Table.from_arrays(columns, schema=QUARANTINE)
-
-
-def _judge(sides: _Sides, difference: Difference, base: Base | None, request: PlanRequest) -> Plan:
-    """Put the counts together, check that every row is accounted for, and measure the plan against its limits."""
-    tally = sides.tally
-    rows = RowCounts(
-        read=tally.read,
-        live=difference.live,
-        deleted=difference.tombstones,
-        duplicate=difference.duplicates,
-        quarantined=sum(tally.rejected.values()),
+    lease.check()
+    with recorder.stage("gates"):
+        measured = _measure(located, options, embedded, manifest, texts=texts, recorder=recorder)
+        gates = judge(measured, options.limits, options.waivers, options.clock().date())
+    store.failpoint("run.judged")
+    lease.check()
+    report = canonical({"format": 1, "plan": plan.to_json(), "index": {"action": index.action, "reason": index.reason}})
+    whole = write_generation(
+        store,
+        _judged(manifest, gates),
+        {"gates.json": to_json(gates), "report.json": report},
     )
-    counts = difference.actions
-    base_live = base.live if base else 0
-    actions = ActionCounts(**counts, same=base_live - counts[TEXT] - counts[ATTR] - counts[DELETE])
-    guards = check(
-        rows=rows,
-        actions=actions,
-        base_live=base_live,
-        window=request.window,
-        live_now=rows.live if request.window.full else sides.num_present,
-        newest=tally.newest,
-        limits=request.limits,
-    )
-    return Plan(
+    facts: dict[str, Any] = {
+        "run_id": build.run_id,
+        "plan": plan,
+        "generation": build.generation,
+        "gates": gates,
+        "embedded": embedded,
+        "index": index,
+        "recall": measured.recall,
+        "quarantined": quarantined,
+        "bytes_written": _written(whole, located.base),
+        "bytes_total": sum(item.size for item in whole.objects),
+    }
+    if failed(gates):
+        return Ran(outcome="gates_failed", exit_code=GATE_FAILED, **facts)
+    if not options.publish:
+        return Ran(outcome="built", exit_code=0, **facts)
+    lease.check()
+    entry = publish(
+        store,
         alias=request.alias,
-        base=base.generation if base else None,
-        base_live=base_live,
-        window=request.window,
-        zone=request.zone,
-        lookback_s=request.lookback.total_seconds(),
-        source=sides.pin,
-        template=request.template.source,
-        template_digest=request.template.digest,
-        schema_digest=request.normalizing.schema.digest,
-        deletes=request.deletes,
-        deletes_checked=request.deletes in ("auto", "scan"),
-        rows=rows,
-        actions=actions,
-        embedding=_embedding(sides, difference, request),
-        rejected=dict(tally.rejected),
-        repaired=dict(tally.repaired),
-        unseen=difference.unseen,
-        newest=tally.newest,
-        notes=_notes(base, request),
-        guards=guards,
+        generation=build.generation,
+        expected_seq=located.seq,
+        run_id=build.run_id,
+        clock=options.clock,
+        reason=options.reason,
+    )
+    return Ran(outcome="published", exit_code=0, entry=entry, **facts)
+
+
+def _judged(manifest: Manifest, gates: tuple[Gate, ...]) -> Manifest:
+    return replace(manifest, gates=verdicts(gates))
+
+
+def _settled(located: Located, request: PlanRequest) -> Window:
+    """Return the window up to which the new generation is whole.
+
+    A part of the catalog, or one that leaves a gap behind the last watermark, moves the watermark no further: what lies
+    between is read by the next run.
+    """
+    window, base = located.plan.window, located.base
+    if base is None:
+        return window
+    gap = window.since is not None and window.since > base.window.until
+    return base.window if gap or window.bounded or request.selection is not None else window
+
+
+def _parent(store: Store, alias: str) -> str | None:
+    entry = current(store, alias)
+    return entry.generation if entry else None
+
+
+def _keep_quarantine(store: Store, located: Located, embedded: Embedded, *, run_id: str) -> tuple[ManifestObject, ...]:
+    """Keep every rejected row, those of the plan and those that could not be embedded, beside the run's parts."""
+    rows = pa.concat_tables([pq.read_table(located.quarantine).cast(embedded.rejected.schema), embedded.rejected])
+    if not rows.num_rows:
+        return ()
+    ref = store.put(f"vectors/{run_id}/quarantine.parquet", write_rows(rows))
+    return (ManifestObject.of(ref, role="quarantine", rows=rows.num_rows),)
+
+
+def _measure(
+    located: Located, options: RunOptions, embedded: Embedded, manifest: Manifest, *, texts: Mapping[str, str], recorder: Recorder
+) -> Measured:
+    """Probe the candidate, with the plan and the previous generation beside it."""
+    return measure(
+        Candidate(
+            store=options.store,
+            options=options.options,
+            manifest=manifest,
+            base=located.base,
+            recall_before=recall_of(options.store, located.base),
+            new_parts=embedded.parts,
+            texts=texts,
+            delete_ratio=located.plan.actions.delete / located.plan.base_live if located.plan.base_live else 0.0,
+            samples=options.samples,
+            token_budget=options.embedding.token_budget,
+        ),
+        recorder,
     )
 
 
-def made_otherwise(base: Base, *, template: Template, schema: ProductSchema) -> list[str]:
-    """Say what changed in how products are made since the base: any of it means that the whole catalog must be read."""
-    changed = [("the template", base.template_digest, template.digest), ("the filter columns", base.schema_digest, schema.digest)]
-    return [what for what, before, now in changed if before != now]
+def recall_of(store: Store, manifest: Manifest | None) -> Mapping[str, float]:
+    """Return the recall that a generation's gates measured, by index; nothing where it is not known."""
+    if manifest is None:
+        return {}
+    with suppress(NotFound):
+        gates = from_json(store.get(f"generations/{manifest.generation}/gates.json"), where=f"gates of {manifest.generation}")
+        found = {gate.name.removeprefix("recall_"): gate.measured for gate in gates if gate.name in ("recall_faiss", "recall_lance")}
+        return {name: value for name, value in found.items() if isinstance(value, float)}
+    return {}
 
 
-def _notes(base: Base | None, request: PlanRequest) -> tuple[str, ...]:
-    changed = made_otherwise(base, template=request.template, schema=request.normalizing.schema) if base else []
-    return (f"{' and '.join(changed)} changed since {base.generation}, so the whole catalog is read",) if base and changed else ()
-
-
-def _embedding(sides: _Sides, difference: Difference, request: PlanRequest) -> Embedding:
-    """Count the texts to embed; their tokens follow from the share of tokens in the bytes of the sampled texts."""
-    texts = count_texts(difference.changes, sides.previous, options=request.diff)
-    tally = sides.tally
-    ratio = tally.sample_tokens / tally.sample_bytes if tally.sample_bytes else _TOKENS_PER_BYTE
-    return Embedding(rows=texts.rows, texts=texts.texts, reused=texts.reused, tokens=round(texts.text_bytes * ratio))
+def _written(manifest: Manifest, base: Manifest | None) -> int:
+    before = {item.key for item in base.objects} if base else set()
+    return sum(item.size for item in manifest.objects if item.key not in before)

@@ -114,6 +114,7 @@ class Plan:
     repaired: Mapping[str, int]
     unseen: int
     newest: datetime | None
+    tower: str = ""
     notes: tuple[str, ...] = ()
     guards: tuple[Guard, ...] = ()
 
@@ -131,6 +132,29 @@ class Plan:
         """Return the plan as JSON types."""
         return {"format": PLAN_FORMAT, "changed": self.actions.changed, "exit_code": self.exit_code, **_plain(self)}
 
+    @classmethod
+    def from_json(cls, data: Any, *, where: str) -> Plan:
+        """Read back what `to_json` wrote, or raise `PlanError` saying that it is no plan of this version."""
+        try:
+            if data["format"] != PLAN_FORMAT:
+                raise PlanError(f"{where}: a plan of format {data['format']!r}, this version reads {PLAN_FORMAT}. Plan again.")
+            values = {item.name: data[item.name] for item in fields(cls)}
+            values |= {
+                "window": Window(
+                    since=_moment(data["window"]["since"]), until=_moment(data["window"]["until"]), bounded=data["window"]["bounded"]
+                ),
+                "source": SourcePin.from_json(data["source"]),
+                "rows": RowCounts(**data["rows"]),
+                "actions": ActionCounts(**data["actions"]),
+                "embedding": Embedding(**data["embedding"]),
+                "newest": _moment(data["newest"]),
+                "notes": tuple(data["notes"]),
+                "guards": tuple(Guard(**_numbers(guard)) for guard in data["guards"]),
+            }
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"{where}: not a plan of this version ({str(error)[:200]}). Plan again with `plan --out`.") from error
+
 
 def check(
     *,
@@ -141,12 +165,15 @@ def check(
     live_now: int | None,
     newest: datetime | None,
     limits: Limits,
+    live_before: int | None = None,
 ) -> tuple[Guard, ...]:
     """Measure a plan against its limits; every guard reports, whether it passed or not.
 
-    `live_now` is how many products the catalog holds, None where nobody counted. Of a narrow window without rows only
+    `live_now` is how many products the catalog holds, None where nobody counted; `live_before` how many readers
+    see today where that is not the base. Of a narrow window without rows only
     its start is known to be older than the newest row.
     """
+    before = base_live if live_before is None else live_before
     guards = [
         _guard(
             "duplicates",
@@ -175,8 +202,8 @@ def check(
         guards.append(
             _guard(
                 "completeness",
-                live_now / base_live if base_live else float(live_now > 0),
-                limits.min_rows_ratio if base_live else 1.0,
+                live_now / before if before else float(live_now > 0),
+                limits.min_rows_ratio if before else 1.0,
                 "The feed is empty or cut short. Check the export; if the catalog did shrink, lower `source.completeness.min_rows_ratio`.",
                 at_least=True,
             )
@@ -193,6 +220,16 @@ def check(
             )
         )
     return tuple(guards)
+
+
+def another_tower(live: str, wanted: str) -> Guard:
+    """Return the guard against embedding the whole catalog again by surprise."""
+    return _guard(
+        "tower",
+        1.0,
+        0.0,
+        f"The tower or its template changed ({live[:12]} -> {wanted[:12]}), so every vector would be made anew. If that is meant, build beside the live index with `catalog-embed backfill --tower`, then `publish`.",
+    )
 
 
 def _guard(name: str, measured: float, limit: float, advice: str, *, exit_code: int = GUARD_TRIPPED, at_least: bool = False) -> Guard:
@@ -218,3 +255,11 @@ def _plain(value: Any) -> Any:
         case _:
             plain = value
     return plain
+
+
+def _moment(text: str | None) -> Any:
+    return None if text is None else datetime.fromisoformat(text)
+
+
+def _numbers(guard: Mapping[str, Any]) -> dict[str, Any]:
+    return {**guard, **{name: float(guard[name]) for name in ("measured", "limit")}}

@@ -14,6 +14,7 @@ from pipelines.hashes import attr_hashes, id_hashes, text_hashes
 from pipelines.normalize import NormalizeOptions, normalize
 from pipelines.normalize.moments import update_times
 from pipelines.schema import (
+    ATTR_HASH,
     DELETED,
     FIELD,
     HASH,
@@ -26,6 +27,7 @@ from pipelines.schema import (
     SCANNED,
     SHARD,
     STATE,
+    TEXT_HASH,
     TOMBSTONE,
     UPDATED_AT,
     ProductSchema,
@@ -139,6 +141,16 @@ class Preparer:
             options = self.normalizing
             filled[UPDATED_AT] = update_times(raw, now=options.now, skew_s=options.clock_skew_s, repaired=Counter())
         return pa.Table.from_arrays([filled.get(field.name, pa.nulls(len(ids), field.type)) for field in SCANNED], schema=SCANNED)
+
+    def rendered(self, batch: pa.RecordBatch, *, shard: str) -> tuple[pa.Table, pa.StringArray]:
+        """Return live products as the vector log keeps them, and their texts: the values whose hashes `__call__` gave."""
+        schema = self.normalizing.schema
+        products = normalize(batch, self.normalizing, shard=shard).products
+        products = products.filter(pc.invert(products.column(DELETED))).combine_chunks()
+        texts = render(self.template, products)
+        ids = products.column(ID).combine_chunks()
+        columns = {ID: ids, ID_HASH: id_hashes(ids), TEXT_HASH: text_hashes(texts), ATTR_HASH: attr_hashes(products, schema)}
+        return pa.table(columns | {field.name: products.column(field.name) for field in schema.kept()}), texts
 
     def packed(self, batch: pa.RecordBatch, *, shard: str, first_row: int) -> pa.Table:
         """Prepare a batch and fold it, as workers send it."""

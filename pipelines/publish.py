@@ -108,6 +108,11 @@ def open_manifest(store: Store, entry: LogEntry) -> Manifest:
     return _read_manifest(store, entry.generation, expected_sha256=entry.manifest_sha256)[0]
 
 
+def read_manifest(store: Store, generation: str) -> Manifest:
+    """Return the manifest of a generation that was written whole, published or not."""
+    return _read_manifest(store, generation)[0]
+
+
 def next_generation(store: Store) -> str:
     """Return an id that no attempt has used. Two runs may get the same one; `write_generation` lets one of them keep it."""
     folders = {info.key.split("/")[1] for info in store.list("generations")}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from zoneinfo import ZoneInfo
 
+from pipelines.layout import byte_size, counted, duration, millions, printable, short
 from pipelines.normalize.reasons import REASONS
 from pipelines.plan import Guard, Plan
 
@@ -23,19 +24,14 @@ def plan_text(plan: Plan, *, explain: bool = False, samples: Mapping[str, Sequen
     lines = [*_head(plan), *_body(plan), *_guards(plan)]
     if samples:
         lines += ["", "Samples"]
-        lines += [f"  {action:<8}  {printable(name)}  {_short(text)}".rstrip() for action, items in samples.items() for name, text in items]
+        lines += [
+            f"  {action:<8}  {printable(name)}  {short(text, _SAMPLE_CHARACTERS)}".rstrip()
+            for action, items in samples.items()
+            for name, text in items
+        ]
     if explain:
         lines += ["", *_explained(plan)]
     return "\n".join(lines) + "\n"
-
-
-def printable(text: str) -> str:
-    """Show catalog text without letting it move the cursor, forge a line or reorder what is read."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def _short(text: str) -> str:
-    return printable(text if len(text) <= _SAMPLE_CHARACTERS else text[: _SAMPLE_CHARACTERS - 3] + "...")
 
 
 def _head(plan: Plan) -> Iterator[str]:
@@ -43,9 +39,9 @@ def _head(plan: Plan) -> Iterator[str]:
     yield f"{title:<52}rows read {plan.rows.read:,}"
     tz = ZoneInfo(plan.zone)
     since = "beginning" if plan.window.since is None else _local(plan.window.since, tz)
-    back = f" (lookback {_duration(plan.lookback_s)})" if plan.window.since is not None and plan.lookback_s else ""
+    back = f" (lookback {duration(plan.lookback_s)})" if plan.window.since is not None and plan.lookback_s else ""
     yield f"  window    {since} .. {_local(plan.window.until, tz)} {plan.zone}{back}"
-    yield f"  source    {plan.source.kind} {printable(plan.source.address)}, {_count(len(plan.source.objects), 'object')}, {_bytes(plan.source.bytes)}, pin {plan.source.digest[:12]}"
+    yield f"  source    {plan.source.kind} {printable(plan.source.address)}, {counted(len(plan.source.objects), 'object')}, {byte_size(plan.source.bytes)}, pin {plan.source.digest[:12]}"
 
 
 def _body(plan: Plan) -> Iterator[str]:
@@ -55,13 +51,13 @@ def _body(plan: Plan) -> Iterator[str]:
     yield f"  rows      {rows.live:,} live   {rows.deleted:,} tombstones   {rows.duplicate:,} duplicates   {rows.quarantined:,} quarantined"
     if embedding.rows:
         saved = embedding.rows - embedding.texts
-        yield f"  embed     {_count(embedding.texts - embedding.reused, 'text')} ({saved:,} identical, {embedding.reused:,} embedded before), about {_tokens(embedding.tokens)} tokens"
+        yield f"  embed     {counted(embedding.texts - embedding.reused, 'text')} ({saved:,} identical, {embedding.reused:,} embedded before), about {millions(embedding.tokens)} tokens"
     else:
         yield "  embed     nothing: no forward pass"
     if not plan.deletes_checked:
         yield f"  WARNING   deletes: NOT CHECKED (--deletes {plan.deletes}); products that vanished from the feed stay in the index"
     if plan.unseen:
-        yield f"  WARNING   {_count(plan.unseen, 'product')} in the catalog but in neither the window nor the index; run `plan --since beginning`"
+        yield f"  WARNING   {counted(plan.unseen, 'product')} in the catalog but in neither the window nor the index; run `plan --since beginning`"
     for note in plan.notes:
         yield f"  note      {note}"
     if not actions.changed and not plan.failed:
@@ -113,37 +109,12 @@ def _deletes(plan: Plan) -> str:
 
 
 def _measured(guard: Guard) -> str:
-    return _duration(guard.measured) if guard.name == "freshness" else f"{guard.measured:.4%}"
+    return duration(guard.measured) if guard.name == "freshness" else f"{guard.measured:.4%}"
 
 
 def _limit(guard: Guard) -> str:
-    return _duration(guard.limit) if guard.name == "freshness" else f"{guard.limit:.4%}"
+    return duration(guard.limit) if guard.name == "freshness" else f"{guard.limit:.4%}"
 
 
 def _local(moment: datetime, tz: ZoneInfo) -> str:
     return moment.astimezone(tz).strftime("%Y-%m-%d %H:%M%z")
-
-
-def _duration(seconds: float) -> str:
-    if seconds == float("inf"):
-        return "never"
-    for least, size, unit in ((172800, 86400, "d"), (3600, 3600, "h"), (60, 60, "m")):
-        if seconds >= least:
-            return f"{seconds / size:.1f}".removesuffix(".0") + unit
-    return f"{seconds:.0f}s"
-
-
-def _tokens(count: int) -> str:
-    return f"{count / 1e6:.1f} M" if count >= 1_000_000 else f"{count:,}"  # noqa: PLR2004  a million
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:  # noqa: PLR2004  SI units
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

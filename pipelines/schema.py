@@ -24,6 +24,11 @@ STATE = "state"
 TEXT_BYTES = "text_bytes"
 ACTION = "action"
 
+# What the vector log and the table hold beside them. `vid` is the number under which FAISS knows a product.
+RENDERED = "text"
+VECTOR = "vector"
+VID = "vid"
+
 # Rejected rows.
 SHARD = "shard"
 ROW = "row"
@@ -48,7 +53,9 @@ FILTER_TYPES: Mapping[str, pa.DataType] = {
     "timestamp": TIMESTAMP,
 }
 
-RESERVED = frozenset({ID, LOCALE, ATTRIBUTES, UPDATED_AT, DELETED, ID_HASH, TEXT_HASH, ATTR_HASH, STATE, TEXT_BYTES, ACTION})
+RESERVED = frozenset(
+    {ID, LOCALE, ATTRIBUTES, UPDATED_AT, DELETED, ID_HASH, TEXT_HASH, ATTR_HASH, STATE, TEXT_BYTES, ACTION, VECTOR, VID, SHARD, ROW}
+)
 
 
 # What a row asks for: keep the product, remove it, or neither can be trusted.
@@ -70,6 +77,23 @@ SCANNED = pa.schema(
         (ROW, pa.int64()),
     ]
 )
+
+# A plan's changes, each with the row of the source that carries it; what goes has no row.
+CHANGES = pa.schema(
+    [
+        (ID, pa.string()),
+        (ID_HASH, HASH),
+        (ACTION, pa.string()),
+        (TEXT_HASH, HASH),
+        (ATTR_HASH, HASH),
+        (TEXT_BYTES, pa.int32()),
+        (SHARD, pa.string()),
+        (ROW, pa.int64()),
+    ]
+)
+
+# How a vector's numbers are kept, in the log and in the table.
+VECTOR_TYPES: Mapping[str, pa.DataType] = {"float32": pa.float32(), "float16": pa.float16()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +133,10 @@ class ProductSchema:
         columns += [pa.field(UPDATED_AT, TIMESTAMP), pa.field(DELETED, pa.bool_(), nullable=False)]
         return pa.schema(columns)
 
+    def kept(self) -> list[pa.Field]:
+        """Return the columns that stay beside the vector: locale, then the filter columns in the order of the configuration."""
+        return [pa.field(LOCALE, pa.string()), *(pa.field(name, FILTER_TYPES[kind]) for name, kind in self.filters.items())]
+
     @property
     def digest(self) -> str:
         """Hash of every column's name and type, in order."""
@@ -126,3 +154,33 @@ QUARANTINE = pa.schema(
         pa.field(EXCERPT, pa.binary(), nullable=False),
     ]
 )
+
+
+def part_schema(schema: ProductSchema, *, dims: int, vector: str) -> pa.Schema:
+    """Return the columns of the vector log. `attr` rows have no vector, it did not change; `delete` rows have an id alone."""
+    return pa.schema(
+        [
+            pa.field(ID, pa.string(), nullable=False),
+            pa.field(ID_HASH, HASH, nullable=False),
+            pa.field(ACTION, pa.string(), nullable=False),
+            pa.field(TEXT_HASH, HASH),
+            pa.field(ATTR_HASH, HASH),
+            *schema.kept(),
+            pa.field(VECTOR, pa.list_(VECTOR_TYPES[vector], dims)),
+        ]
+    )
+
+
+def table_schema(schema: ProductSchema, *, dims: int, vector: str) -> pa.Schema:
+    """Return the columns of the table: one row for each live product."""
+    return pa.schema(
+        [
+            pa.field(ID, pa.string(), nullable=False),
+            pa.field(ID_HASH, HASH, nullable=False),
+            pa.field(VID, pa.int64(), nullable=False),
+            pa.field(TEXT_HASH, HASH, nullable=False),
+            pa.field(ATTR_HASH, HASH, nullable=False),
+            *schema.kept(),
+            pa.field(VECTOR, pa.list_(VECTOR_TYPES[vector], dims), nullable=False),
+        ]
+    )

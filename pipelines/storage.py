@@ -135,7 +135,7 @@ class Store:
         return iter(sorted(self._backend.list(_checked(folder) if folder else ""), key=lambda info: info.key))
 
     def head(self, key: str) -> ObjectInfo | None:
-        """Return the size of an object, or None when there is none."""
+        """Return size and last change of an object, or None when there is none."""
         return self._backend.head(_checked(key))
 
     def sizes(self, keys: Iterable[str]) -> Mapping[str, int]:
@@ -301,13 +301,14 @@ class Bucket:
         """Yield every object below the folder `prefix`."""
         with self._explained("list", prefix):
             for page in obstore.list(self._store, prefix or None):
-                yield from (ObjectInfo(key=item["path"], size=item["size"]) for item in page)
+                yield from (ObjectInfo(key=item["path"], size=item["size"], modified=item["last_modified"]) for item in page)
 
     def head(self, key: str) -> ObjectInfo | None:
-        """Return the size, or None when there is no object."""
+        """Return size and time, or None when there is no object."""
         try:
             with self._explained("look at", key):
-                return ObjectInfo(key=key, size=obstore.head(self._store, key)["size"])
+                found = obstore.head(self._store, key)
+                return ObjectInfo(key=key, size=found["size"], modified=found["last_modified"])
         except NotFound:
             return None
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from jobs.nightly import Night, planned
 from jobs.settings import Settings, load
 from pipelines.contracts import SourcePin
-from pipelines.generation import Planned
 from pipelines.manifest import Manifest, TablePin
+from pipelines.planning import Planned
 from pipelines.publish import current, next_generation, publish, write_generation
 from pipelines.schema import HASH, ID_HASH, LIVE, PUBLISHED, STATE
 from pipelines.storage import Store
@@ -58,7 +58,7 @@ def publish_state(settings: Settings, rows: pa.Table, result: Planned, *, now: d
         run_id=f"run-{uuid.uuid4().hex}",
         source=SourcePin(kind=plan.source.kind, address=plan.source.address, objects=plan.source.objects),
         window=plan.window,
-        tower="none",
+        tower=plan.tower or "none",
         template_digest=plan.template_digest,
         schema_digest=plan.schema_digest,
         config_digest="none",

@@ -19,7 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.diff import DiffOptions, count_texts, diff, with_ids
+from pipelines.diff import count_texts, diff
+from pipelines.diff.dealing import with_rows
+from pipelines.diff.engine import DiffOptions
 from pipelines.hashes import as_uuids
 from pipelines.schema import HASH, ID, PUBLISHED, SCANNED, SHARD
 from tests.memory import peak_mb
@@ -79,7 +81,7 @@ def measure(what: str, folder: Path, memory_mb: int) -> dict[str, float]:
         outcome = diff(previous, current, outcome=folder / "changes.parquet", options=options)
         if what == "plan":
             count_texts(outcome.changes, previous, options=options)
-            with_ids(outcome.changes, previous, current, outcome=folder / "named.parquet", options=options)
+            with_rows(outcome.changes, previous, current, outcome=folder / "named.parquet", options=options)
         changed = sum(outcome.actions[action] for action in ("text", "attr", "delete"))
         actions = {**outcome.actions, "same": pq.read_metadata(previous[0]).num_rows - changed}
     return {"seconds": time.perf_counter() - begin, "rss_mb": peak_mb(), **actions}

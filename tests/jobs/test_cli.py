@@ -108,8 +108,10 @@ def test_a_changed_template_or_filter_reads_everything_whatever_since_says(run: 
     publish_catalog(shop, now=day(1))
     edit(shop, "{{ title }} |", "{{ title }} /")
     found = run("-c", shop, "plan", "--since", "last", "--now", at(1))
-    assert f"~ {PRODUCTS:,} text" in found.out
-    assert "note      the template changed since g000001, so the whole catalog is read" in found.out
+    assert found.code == 12
+    assert f"+ {PRODUCTS:,} new" in found.out
+    assert "note      the template changed since g000001: every text is embedded into a space of its own" in found.out
+    assert "GUARD     tower" in found.out
     edit(shop, "{{ title }} /", "{{ title }} |")
     edit(shop, "size: string, ", "")
     assert run("-c", shop, "plan", "--output", "json").json["actions"]["attr"] == PRODUCTS
@@ -295,8 +297,8 @@ def test_init_makes_the_same_bytes_twice(run: Run, shop: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--since", "yesterday"], "`catalog-embed plan --since ...`"),
-        (["--since", "yesterday", "plan"], "`catalog-embed plan --since ...`"),
+        (["--explain"], "`catalog-embed plan --explain ...`"),
+        (["--since", "yesterday", "plan"], "stands before the subcommand `plan`"),
         (["plan", "-c", "x.yaml"], "`catalog-embed -c ... plan`"),
         (["plan", "--target", "dev"], "`catalog-embed --target ... plan`"),
         (["plann"], "No such command"),

@@ -17,7 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.diff import Difference, DiffOptions, combine, count_texts, diff, with_ids
+from pipelines.diff import Difference, combine, count_texts, diff
+from pipelines.diff.dealing import with_rows
+from pipelines.diff.engine import DiffOptions
 from pipelines.hashes import as_uuids, id_hashes
 from pipelines.schema import (
     ACTION,
@@ -127,7 +129,7 @@ def found(previous: Any, current: Any, **how: Any) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         outcome, named = Path(folder) / "changes.parquet", Path(folder) / "named.parquet"
         difference = diff(previous, current, outcome=outcome, **how)
-        with_ids(outcome, previous, current, outcome=named)
+        with_rows(outcome, previous, current, outcome=named)
         table = pq.read_table(named)
         assert table.num_rows == pq.read_metadata(outcome).num_rows == sum(difference.actions.values())
         rows = table.to_pylist()

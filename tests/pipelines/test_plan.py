@@ -9,8 +9,9 @@ import pytest
 
 from pipelines.contracts import PinnedObject, SourcePin, Window
 from pipelines.errors import InputError, PlanError
+from pipelines.layout import printable
 from pipelines.plan import ActionCounts, Embedding, Limits, Plan, RowCounts, check
-from pipelines.report import plan_text, printable
+from pipelines.report import plan_text
 
 NOW = datetime(2026, 11, 4, 1, 10, tzinfo=UTC)
 ROWS = RowCounts(read=1000, live=990, deleted=6, duplicate=4, quarantined=0)

@@ -11,9 +11,9 @@ import pytest
 
 from jobs.settings import DEFAULT_TEMPLATE
 from pipelines.contracts import ColumnMap, Window
-from pipelines.generation import PlanRequest, make_plan
 from pipelines.normalize import NormalizeOptions
 from pipelines.plan import Limits
+from pipelines.planning import PlanRequest, make_plan
 from pipelines.schema import ProductSchema
 from pipelines.sources import SourceSpec, open_source
 from pipelines.text import parse

@@ -17,11 +17,11 @@ import pytest
 
 from pipelines.contracts import ColumnMap, DeletedRule, Shard, Source, Window
 from pipelines.errors import InputError, SourceMoved
-from pipelines.generation import PlanRequest, make_plan
 from pipelines.hashes import attr_hashes
 from pipelines.normalize import NormalizeOptions
 from pipelines.normalize.moments import moments
 from pipelines.plan import Limits
+from pipelines.planning import PlanRequest, make_plan
 from pipelines.schema import ATTRIBUTES, DELETED, ID, TOMBSTONE, UPDATED_AT, ProductSchema
 from pipelines.sources import open_source
 from pipelines.text import parse

@@ -15,10 +15,10 @@ import pytest
 
 from pipelines.contracts import ColumnMap, DeletedRule, Source, Window
 from pipelines.errors import InputError, PlanError, SourceMoved
-from pipelines.generation import Base, Planned, PlanRequest, make_plan, sample_changes, save
 from pipelines.hashes import attr_hashes, id_hashes, text_hashes
 from pipelines.normalize import NormalizeOptions, normalize
 from pipelines.plan import Limits
+from pipelines.planning import Base, Planned, PlanRequest, make_plan, sample_changes, save
 from pipelines.prepare import Prepared, Preparer
 from pipelines.schema import ATTR_HASH, ID, ID_HASH, PUBLISHED, TEXT_HASH, ProductSchema
 from pipelines.sources import SourceSpec, open_source

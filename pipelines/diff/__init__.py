@@ -7,18 +7,14 @@ parts diffed anywhere: all rows of a product share one partition.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipelines.errors import InputError
-from pipelines.hashes import as_uuids
+from pipelines.diff.engine import DiffOptions, Rows, attach, connect, name_them, one
 from pipelines.schema import (
     ACTION,
     ACTIONS,
@@ -40,23 +36,16 @@ from pipelines.schema import (
     UPDATED_AT,
 )
 
-Rows: TypeAlias = pa.Table | Sequence[Path]
-
-_LEAST_MB = 32
-
 _CHANGE = f"{ID_HASH}, {ACTION}, {TEXT_HASH}, {ATTR_HASH}, {TEXT_BYTES}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffOptions:
-    """How much the join may use. Past `memory_mb` it spills beside the outcome."""
+class Selection:
+    """A part of the products, for a backfill: these id hashes, or all; of them only some actions, or everything made `again`."""
 
-    memory_mb: int = 1024
-    threads: int = 2
-
-    def __post_init__(self) -> None:
-        if self.memory_mb < _LEAST_MB or self.threads < 1:
-            raise InputError(f"the diff needs at least {_LEAST_MB} MB and one thread, not {self.memory_mb} and {self.threads}.")
+    id_hashes: pa.Array | None = None
+    actions: tuple[str, ...] | None = None
+    again: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +83,7 @@ def diff(
     absent_goes: bool = True,
     present: Rows | None = None,
     deletes: bool = True,
+    selection: Selection | None = None,
     options: DiffOptions | None = None,
 ) -> Difference:
     """Classify every product of both sides and write the changed ones to `outcome`.
@@ -103,23 +93,28 @@ def diff(
     `deletes` nothing goes. Of several rows with one id the newest counts, one without a
     time before all others, because every window reads it; between equally new ones a live row, then the smaller hashes.
     """
-    with _connect(outcome, options or DiffOptions()) as db:
-        num_previous, num_current = _attach(db, "previous", previous), _attach(db, "scanned", current)
+    with connect(outcome, options or DiffOptions()) as db:
+        num_previous, num_current = attach(db, "previous", previous), attach(db, "scanned", current)
         db.execute("CREATE VIEW current AS FROM scanned")
-        _join(db, absent_goes=absent_goes)
+        chosen = _choose(db, selection)
+        again = chosen if selection and selection.again else "false"
+        _join(db, absent_goes=absent_goes, again=again)
         duplicates, conflicts = 0, _CONFLICTS.empty_table()
         if _has_duplicates(db, num_previous, num_current, absent_goes=absent_goes):
             duplicates, conflicts = _resolve(db)
-            num_current = _one(db, "SELECT count(*) FROM current")
-            _join(db, absent_goes=absent_goes)
+            num_current = one(db, "SELECT count(*) FROM current")
+            _join(db, absent_goes=absent_goes, again=again)
         # Whatever is not live changes something or matches nothing, so the join lists all of it.
         gone: dict[int, int] = dict(db.execute(f"SELECT {STATE}, count(*) FROM joined WHERE {STATE} <> {LIVE} GROUP BY 1").fetchall())
         unseen = 0
         if present is not None:
-            _attach(db, "present", present)
+            attach(db, "present", present)
             unseen = _compare_ids(db)
         if not deletes:
             db.execute(f"DELETE FROM joined WHERE {ACTION} = '{DELETE}'")
+        if selection is not None:
+            kept = ", ".join(f"'{action}'" for action in selection.actions or ACTIONS)
+            db.execute(f"DELETE FROM joined c WHERE NOT ({chosen} AND {ACTION} IN ({kept}))")
         actions: dict[str, int] = dict(db.execute(f"SELECT {ACTION}, count(*) FROM joined GROUP BY 1").fetchall())
         db.sql(f"SELECT {_CHANGE} FROM joined WHERE {ACTION} IS NOT NULL ORDER BY {ID_HASH}").write_parquet(str(outcome))
     return Difference(
@@ -136,8 +131,16 @@ def diff(
 _CONFLICTS = pa.schema([(ID, pa.string()), (SHARD, pa.string()), (ROW, pa.int64())])
 
 
-def _join(db: duckdb.DuckDBPyConnection, *, absent_goes: bool) -> None:
-    """Join both sides and keep every row that is not plainly the same."""
+def _choose(db: duckdb.DuckDBPyConnection, selection: Selection | None) -> str:
+    """Make the chosen id hashes visible, and return the condition that a row `c` is among them."""
+    if selection is None or selection.id_hashes is None:
+        return "true"
+    attach(db, "chosen", pa.table({ID_HASH: selection.id_hashes}))
+    return f"c.{ID_HASH} IN (SELECT {ID_HASH} FROM chosen)"
+
+
+def _join(db: duckdb.DuckDBPyConnection, *, absent_goes: bool, again: str) -> None:
+    """Join both sides and keep every row that is not plainly the same, or shall be made `again`."""
     kind = "FULL OUTER" if absent_goes else "LEFT"
     db.execute(f"""
         CREATE OR REPLACE TEMP TABLE joined AS
@@ -146,7 +149,7 @@ def _join(db: duckdb.DuckDBPyConnection, *, absent_goes: bool) -> None:
                    CASE WHEN c.{ID_HASH} IS NULL THEN '{DELETE}'
                         WHEN c.{STATE} <> {LIVE} THEN CASE WHEN p.{ID_HASH} IS NULL THEN NULL ELSE '{DELETE}' END
                         WHEN p.{ID_HASH} IS NULL THEN '{ADD}'
-                        WHEN c.{TEXT_HASH} <> p.{TEXT_HASH} THEN '{TEXT}'
+                        WHEN c.{TEXT_HASH} <> p.{TEXT_HASH} OR {again} THEN '{TEXT}'
                         WHEN c.{ATTR_HASH} <> p.{ATTR_HASH} THEN '{ATTR}'
                         ELSE 'same' END AS {ACTION},
                    c.{TEXT_HASH}, c.{ATTR_HASH}, c.{TEXT_BYTES}, c.{STATE}, p.{ID_HASH} IS NOT NULL AS has_previous
@@ -159,7 +162,7 @@ def _compare_ids(db: duckdb.DuckDBPyConnection) -> int:
     db.execute(f"""
         INSERT INTO joined SELECT {ID_HASH}, '{DELETE}', NULL, NULL, NULL, NULL, true
         FROM previous ANTI JOIN present USING ({ID_HASH}) ANTI JOIN current USING ({ID_HASH})""")
-    return _one(
+    return one(
         db,
         f"""SELECT count(*) FROM (SELECT DISTINCT {ID_HASH} FROM present)
             ANTI JOIN previous USING ({ID_HASH}) ANTI JOIN current USING ({ID_HASH})""",
@@ -173,12 +176,12 @@ def _has_duplicates(db: duckdb.DuckDBPyConnection, num_previous: int, num_curren
     came twice; only ids that matched nothing are left to count. This saves a pass that costs as much as the join.
     """
     unmatched = f"FROM joined WHERE {STATE} IS NOT NULL AND NOT has_previous" if absent_goes else "FROM current"
-    if _one(db, f"SELECT count(*) - count(DISTINCT {ID_HASH}) {unmatched}"):
+    if one(db, f"SELECT count(*) - count(DISTINCT {ID_HASH}) {unmatched}"):
         return True
     if not absent_goes:
         return False
-    missing = _one(db, f"SELECT count(*) FROM joined WHERE {STATE} IS NULL")
-    return num_current - _one(db, f"SELECT count(*) {unmatched}") != num_previous - missing
+    missing = one(db, f"SELECT count(*) FROM joined WHERE {STATE} IS NULL")
+    return num_current - one(db, f"SELECT count(*) {unmatched}") != num_previous - missing
 
 
 def _resolve(db: duckdb.DuckDBPyConnection) -> tuple[int, pa.Table]:
@@ -197,7 +200,7 @@ def _resolve(db: duckdb.DuckDBPyConnection) -> tuple[int, pa.Table]:
     conflict = f"{UPDATED_AT} IS NOT DISTINCT FROM best_at AND ({STATE}, {TEXT_HASH}, {ATTR_HASH}) IS DISTINCT FROM best_content"
     losers = f"FROM ranked WHERE place > 1 AND {STATE} <> {REJECTED}"
     conflicts = db.sql(f"SELECT {ID}, {SHARD}, {ROW} {losers} AND {conflict} ORDER BY ALL").to_arrow_table()
-    duplicates = _one(db, f"SELECT count(*) {losers} AND NOT ({conflict})")
+    duplicates = one(db, f"SELECT count(*) {losers} AND NOT ({conflict})")
     return duplicates, conflicts.cast(_CONFLICTS)
 
 
@@ -213,74 +216,29 @@ def combine(parts: Sequence[Difference], *, outcome: Path, options: DiffOptions 
 
 def count_texts(changes: Path, previous: Rows, *, options: DiffOptions | None = None) -> EmbedCounts:
     """Count what a plan must embed: identical texts once, texts that `previous` holds not at all."""
-    with _connect(changes, options or DiffOptions()) as db:
-        _attach(db, "previous", previous)
-        _attach(db, "changes", [changes])
+    with connect(changes, options or DiffOptions()) as db:
+        attach(db, "previous", previous)
+        attach(db, "changes", [changes])
         db.execute(f"""
             CREATE TEMP TABLE texts AS SELECT {TEXT_HASH}, any_value({TEXT_BYTES}) AS {TEXT_BYTES}, count(*) AS num_rows
             FROM changes WHERE {ACTION} IN ('{ADD}', '{TEXT}') GROUP BY 1;
             CREATE TEMP TABLE known AS SELECT {TEXT_HASH} FROM texts SEMI JOIN previous USING ({TEXT_HASH})""")
         rows, texts = db.execute("SELECT coalesce(sum(num_rows), 0), count(*) FROM texts").fetchall()[0]
-        size = _one(db, f"SELECT coalesce(sum({TEXT_BYTES}), 0) FROM texts ANTI JOIN known USING ({TEXT_HASH})")
-        return EmbedCounts(rows=int(rows), texts=texts, reused=_one(db, "SELECT count(*) FROM known"), text_bytes=size)
-
-
-def with_ids(changes: Path, previous: Rows, current: Rows, *, outcome: Path, options: DiffOptions | None = None) -> None:
-    """Write the changes once more, each with the product's id: the form in which a plan is saved."""
-    with _connect(outcome, options or DiffOptions()) as db:
-        _name(db, changes, previous, current, chosen="FROM changes")
-        db.sql(f"SELECT {ID}, {_CHANGE} FROM changes JOIN names USING ({ID_HASH}) ORDER BY {ID_HASH}").write_parquet(str(outcome))
+        size = one(db, f"SELECT coalesce(sum({TEXT_BYTES}), 0) FROM texts ANTI JOIN known USING ({TEXT_HASH})")
+        return EmbedCounts(rows=int(rows), texts=texts, reused=one(db, "SELECT count(*) FROM known"), text_bytes=size)
 
 
 def first_ids(changes: Path, previous: Rows, current: Rows, *, limit: int) -> dict[str, list[str]]:
     """Return up to `limit` ids for each action, by their hashes, so that the choice is always the same."""
-    with _connect(changes, DiffOptions()) as db:
+    with connect(changes, DiffOptions()) as db:
         chosen = f"FROM changes QUALIFY row_number() OVER (PARTITION BY {ACTION} ORDER BY {ID_HASH}) <= {limit:d}"
-        _name(db, changes, previous, current, chosen=chosen)
+        name_them(db, changes, previous, current, chosen=chosen)
         rows = db.execute(f"SELECT {ACTION}, {ID} FROM changes JOIN names USING ({ID_HASH}) ORDER BY {ID_HASH}").fetchall()
     return {action: [name for found, name in rows if found == action] for action in ACTIONS}
 
 
-def _name(db: duckdb.DuckDBPyConnection, changes: Path, previous: Rows, current: Rows, *, chosen: str) -> None:
-    """Make the table `names`: the id behind every chosen id hash."""
-    for name, rows in (("previous", previous), ("current", current), ("changes", [changes])):
-        _attach(db, name, rows)
-    db.execute(f"""
-        CREATE TEMP TABLE names AS
-        SELECT {ID_HASH}, any_value({ID}) AS {ID}
-        FROM (SELECT {ID_HASH}, {ID} FROM current UNION ALL SELECT {ID_HASH}, {ID} FROM previous)
-        SEMI JOIN (SELECT {ID_HASH} {chosen}) USING ({ID_HASH}) GROUP BY 1""")
-
-
 def merge(parts: Sequence[Path], *, by: Sequence[str], outcome: Path, options: DiffOptions | None = None) -> None:
     """Write the rows of several files into one, sorted by columns; spills where memory ends."""
-    with _connect(outcome, options or DiffOptions()) as db:
-        _attach(db, "parts", parts)
+    with connect(outcome, options or DiffOptions()) as db:
+        attach(db, "parts", parts)
         db.sql(f"SELECT * FROM parts ORDER BY {', '.join(by)}").write_parquet(str(outcome))
-
-
-@contextmanager
-def _connect(beside: Path, options: DiffOptions) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open a private in-memory database that spills next to a file and keeps to its limits."""
-    config = {
-        "memory_limit": f"{options.memory_mb}MB",
-        "threads": options.threads,
-        "temp_directory": str(beside.with_suffix(".spill")),
-        "preserve_insertion_order": False,
-        "arrow_lossless_conversion": True,
-    }
-    with duckdb.connect(config=config) as db:
-        yield db
-
-
-def _attach(db: duckdb.DuckDBPyConnection, name: str, rows: Rows) -> int:
-    """Make rows visible under a name, and return how many there are."""
-    if isinstance(rows, pa.Table):
-        db.from_arrow(as_uuids(rows)).create_view(name)
-        return int(rows.num_rows)
-    db.read_parquet([str(path) for path in rows]).create_view(name)
-    return sum(pq.read_metadata(path).num_rows for path in rows)
-
-
-def _one(db: duckdb.DuckDBPyConnection, query: str) -> int:
-    return int(db.execute(query).fetchall()[0][0])

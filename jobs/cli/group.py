@@ -1,0 +1,178 @@
+"""The root of the command line, and what its commands share. The only home of click, with its siblings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+RUN = "run"
+
+
+class Group(click.Group):
+    """`run` is what happens when no subcommand is named; a misplaced option is answered with its place."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Send what follows the group's own options to `run`, unless a subcommand is named."""
+        return super().parse_args(ctx, self._with_run(ctx, args))
+
+    def _with_run(self, ctx: click.Context, args: list[str]) -> list[str]:
+        place = _skip(self, args)
+        rest = args[place:]
+        if any(item in ("-h", "--help", "--version") for item in args[:place] + rest[:1]):
+            return args
+        if rest and not rest[0].startswith("-"):
+            return args
+        run = self.commands[RUN]
+        behind = _skip(run, rest)
+        if behind == len(rest):
+            return [*args[:place], RUN, *rest]
+        found = rest[behind]
+        if not found.startswith("-") and found in self.commands and behind:
+            advice = f"`{rest[0]}` is an option of `{RUN}` and stands before the subcommand `{found}`. Write `catalog-embed {found} ...` with the options of `{found}` behind it."
+            raise click.UsageError(advice, ctx=ctx)
+        option = found.split("=", 1)[0]
+        owners = [name for name, command in self.commands.items() if name != RUN and any(option in item.opts for item in command.params)]
+        if found.startswith("-") and owners:
+            raise click.UsageError(f"`{option}` belongs behind a subcommand: `catalog-embed {owners[0]} {option} ...`.", ctx=ctx)
+        return [*args[:place], RUN, *rest]
+
+
+def _skip(command: click.Command, args: Sequence[str]) -> int:
+    """Return how many of the arguments are options of a command, with their values."""
+    options = {name: item for item in command.params if isinstance(item, click.Option) for name in (*item.opts, *item.secondary_opts)}
+    place = 0
+    while place < len(args):
+        name, equals, _ = args[place].partition("=")
+        short = name[:2] if name.startswith("-") and not name.startswith("--") else name
+        item = options.get(name) or options.get(short)
+        if item is None:
+            return place
+        takes_value = not (item.is_flag or item.count) and not equals and short == name
+        place += 2 if takes_value else 1
+    return min(place, len(args))
+
+
+class Command(click.Command):
+    """Says where an option belongs that stands behind the subcommand."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, and answer a misplaced option with its place."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if not any(error.option_name in item.opts for item in cli.params):
+                raise
+            advice = f"`{error.option_name}` belongs before the subcommand: `catalog-embed {error.option_name} ... {self.name}`."
+            raise click.UsageError(advice, ctx=ctx) from error
+
+
+@click.group(
+    cls=Group, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "CATALOG_EMBED", "max_content_width": 110}
+)
+@click.option(
+    "-c",
+    "--config",
+    "config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    metavar="FILE",
+    help="The project's configuration. Default: ./catalog-embed.yaml.",
+)
+@click.option("--target", metavar="NAME", help="Use this entry of `targets:` in the configuration, such as dev or prod.")
+@click.option("-v", "--verbose", count=True, help="Tell more on stderr; -vv adds tracebacks to errors.")
+@click.option("-q", "--quiet", is_flag=True, help="Tell only what is wrong.")
+@click.version_option(package_name="catalog-embed", prog_name="catalog-embed")
+@click.pass_context
+def cli(ctx: click.Context, config: Path | None, target: str | None, verbose: int, *, quiet: bool) -> None:
+    """Keep a product-embedding index in step with a catalog.
+
+    A plan is the difference between a catalog and the published generation. A run carries the plan out, and either
+    publishes a new generation whole, or leaves the old one untouched. Without a subcommand this is `run`.
+
+    \b
+    Start here:
+      catalog-embed init shop                        a project with a sample catalog
+      catalog-embed -c shop/catalog-embed.yaml plan  what a run would do; writes nothing
+      catalog-embed -c shop/catalog-embed.yaml       the run itself; repeat it every night
+      catalog-embed -c shop/catalog-embed.yaml search "waterproof jacket"
+
+    \b
+    Exit codes:
+      0  done, or nothing to do          10  built, a gate failed, not published
+      1  error                           11  another run was first
+      2  wrong usage or configuration    12  a guard of the source tripped
+      3  changes present                 13  too many rows quarantined
+         (plan --detailed-exitcode)      14  interrupted; start it again
+
+    Every option can be set in the environment: CATALOG_EMBED_PLAN_SINCE for `plan --since`, and
+    CATALOG_EMBED_SOURCE__PATH for `source: path` of the configuration. The command line wins.
+    """
+    from jobs import logs
+
+    logs.set_up(-1 if quiet else verbose)
+    ctx.obj = {"config": config, "target": target, "verbose": verbose, "quiet": quiet}
+
+
+def config_path(obj: dict[str, Any]) -> Path:
+    """Return the configuration that was named, or the one in this folder."""
+    given: Path | None = obj["config"]
+    return given or Path("catalog-embed.yaml")
+
+
+def settings_of(obj: dict[str, Any], **overrides: Any) -> Any:
+    """Load the project's settings, with what this command overrides."""
+    from jobs.settings import load
+
+    return load(config_path(obj), target=obj["target"], overrides={name.replace("__", "."): value for name, value in overrides.items()})
+
+
+def moment(text: str | None, *, option: str = "--now") -> datetime | None:
+    """Read a time with its zone."""
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise click.UsageError(f"{option} `{text}` is no ISO-8601 time. Write 2026-11-03T02:00+01:00.") from error
+    if moment.tzinfo is None:
+        raise click.UsageError(f"{option} `{text}` has no zone. Write 2026-11-03T02:00+01:00.")
+    return moment
+
+
+def output_option(*forms: str) -> Callable[[Any], Any]:
+    """Make the option that chooses between text for people and JSON for programs."""
+    return click.option(
+        "--output", type=click.Choice(list(forms)), default="text", show_default=True, help="text for people, json for programs."
+    )
+
+
+ray_option = click.option(
+    "--ray-address", default=None, metavar="ADDRESS", help="local (a private cluster for this command), auto, host:port or ray://host:port."
+)
+now_option = click.option(
+    "--now", default=None, metavar="ISO", help="Do as if it were this moment, with zone: for tests and for looking at a past night."
+)
+since_option = click.option(
+    "--since",
+    default="last",
+    show_default=True,
+    metavar="WHEN",
+    help="Read rows updated since: last (the published watermark), beginning, yesterday, today, 36h, 2d, 1w, a date, or ISO-8601. Days begin in the configured zone; `plan: lookback` is subtracted.",
+)
+deletes_option = click.option(
+    "--deletes",
+    type=click.Choice(["auto", "tombstones", "scan", "off"]),
+    default=None,
+    help="How vanished products are found. auto: absence in a whole read, a scan of all ids beside a narrow one. Default: the configuration's.",
+)
+progress_option = click.option(
+    "--progress",
+    type=click.Choice(["auto", "rich", "plain", "json", "none"]),
+    default="auto",
+    show_default=True,
+    help="How progress is shown on stderr. auto draws bars on a terminal and writes plain lines elsewhere.",
+)

@@ -1,0 +1,79 @@
+"""Setting up: init, doctor."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jobs.cli.group import Command, cli, output_option, settings_of
+
+
+@cli.command(cls=Command)
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--products",
+    type=click.IntRange(1, 1_000_000_000),
+    default=5000,
+    show_default=True,
+    help="How many products the sample catalog has on its first day.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=7, show_default=True, help="The same seed makes the same catalog, byte for byte."
+)
+@click.option(
+    "--night",
+    type=click.IntRange(0, 10_000),
+    default=None,
+    help="Make the catalog as it is after this many nights of edits, price changes, new and vanished products. On a project that is there, only the sample catalog is replaced.",
+)
+def init(directory: Path, products: int, seed: int, night: int | None) -> None:
+    """Make a project in DIRECTORY, with a sample catalog.
+
+    The project is a configuration, a Parquet catalog in three languages, and queries with grades that are derived from
+    the products' attributes. A project that is there is left as it is, unless --night moves its sample catalog.
+    """
+    from jobs.project import make_project
+    from pipelines.sample.spec import SampleSpec
+
+    made = make_project(directory, spec=SampleSpec(seed=seed, products=products), night=night)
+    if made.products_from_night is None:
+        click.echo(f"{directory} is a project already; nothing was changed. `--night 1` moves its sample catalog to the next night.")
+        return
+    click.echo(
+        f"{directory}: sample catalog of {made.spec.products:,} products as of night {made.products_from_night} (seed {made.spec.seed})"
+    )
+    click.echo(f"next: catalog-embed -c {shlex.quote(str(directory / 'catalog-embed.yaml'))} plan --since beginning")
+
+
+@cli.command(cls=Command)
+@output_option("text", "json")
+@click.pass_obj
+def doctor(obj: dict[str, Any], output: str) -> None:
+    """Check the machine, the source and the store, and print every setting with its value and origin.
+
+    The store is probed: one object is written twice with put-if-absent and removed. Secrets are masked. Exits 1 when
+    a check fails.
+    """
+    from jobs.doctor import examine
+    from pipelines.layout import printable
+
+    settings = settings_of(obj)
+    rows = list(settings.describe())
+    checks = list(examine(settings))
+    if output == "json":
+        listed = [{"key": key, "value": value, "origin": origin} for key, value, origin in rows]
+        click.echo(json.dumps({"settings": listed, "checks": [asdict(check) for check in checks]}, indent=2))
+    else:
+        width = max(len(key) for key, _, _ in rows)
+        for key, value, origin in rows:
+            click.echo(printable(f"{key:<{width}}  {value}  ({origin})"))
+        click.echo("")
+        for check in checks:
+            click.echo(printable(f"{'ok    ' if check.passed else 'FAILED'}  {check.name:<10} {check.found}"))
+    sys.exit(0 if all(check.passed for check in checks) else 1)

@@ -1,0 +1,298 @@
+"""Doing the work: run, plan, apply, backfill."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jobs.cli.group import (
+    Command,
+    cli,
+    deletes_option,
+    moment,
+    now_option,
+    output_option,
+    progress_option,
+    ray_option,
+    settings_of,
+    since_option,
+)
+
+CHANGES_PRESENT = 3
+
+
+@cli.command(cls=Command)
+@since_option
+@deletes_option
+@click.option("--dry-run", is_flag=True, help="Only plan: show what would be done and write nothing.")
+@click.option("--no-publish", is_flag=True, help="Build and judge the generation, and leave publishing to `publish`.")
+@click.option("--reason", default="", metavar="TEXT", help="A note that the publish log keeps.")
+@progress_option
+@output_option("text", "json", "jsonl")
+@ray_option
+@now_option
+@click.pass_obj
+def run(
+    obj: dict[str, Any],
+    since: str,
+    deletes: Any,
+    *,
+    dry_run: bool,
+    no_publish: bool,
+    reason: str,
+    progress: Any,
+    output: str,
+    ray_address: str | None,
+    now: str | None,
+) -> None:
+    """Bring the index in step with the catalog: plan, embed, index, validate, publish. The default command.
+
+    Only what changed is paid for: a night without changes does no forward pass and publishes nothing. Killed, it leaves
+    what is published untouched, and the same command goes on from the finished parts.
+
+    Exit codes: 0 published, or nothing to do; 10 a gate failed and the candidate is kept; 11 another run holds the lease;
+    12 a guard of the source tripped; 13 too many rows quarantined; 14 interrupted.
+    """
+    from jobs.nightly import Night, planned, run_night
+    from pipelines.report import plan_text
+
+    settings = settings_of(obj, ray__address=ray_address)
+    night = Night(since=since, deletes=deletes, now=moment(now), verbose=obj["verbose"] > 0, publish=not no_publish, reason=reason)
+    if dry_run:
+        with planned(settings, night) as found:
+            _say(found.result.plan.to_json(), plan_text(found.result.plan), output)
+            sys.exit(found.result.plan.exit_code)
+    with _watched(obj, progress) as listeners:
+        record = run_night(settings, _with(night, listeners))
+    _end(record, output)
+
+
+@cli.command(cls=Command)
+@since_option
+@deletes_option
+@click.option(
+    "--explain", is_flag=True, help="Show where every number comes from: reasons of rejects and repairs, guards, template, deletes."
+)
+@click.option(
+    "--sample",
+    type=click.IntRange(0, 1000),
+    default=0,
+    metavar="N",
+    help="Show up to N products for each action, with the text that the tower would read. Reads the window once more.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    metavar="DIR",
+    help="Save the plan here: plan.json, changes.parquet, quarantine.parquet. The folder must be new or empty.",
+)
+@click.option(
+    "--output",
+    type=click.Choice(["text", "json", "jsonl"]),
+    default="text",
+    show_default=True,
+    help="text for people, json for programs, jsonl for one line a run.",
+)
+@click.option("--detailed-exitcode", is_flag=True, help="Exit 3 when the plan would change something, 0 only when there is nothing to do.")
+@ray_option
+@now_option
+@click.pass_obj
+def plan(
+    obj: dict[str, Any],
+    since: str,
+    deletes: Any,
+    *,
+    explain: bool,
+    sample: int,
+    out: Path | None,
+    output: str,
+    detailed_exitcode: bool,
+    ray_address: str | None,
+    now: str | None,
+) -> None:
+    """Show what a run would do, and whether its guards would let it. Nothing is written but --out.
+
+    Reads the catalog (all of it, or the rows that --since asks for), normalises and renders it, and compares hashes
+    with the published generation. --since narrows what is read; the hashes decide what changed.
+
+    Exit codes: 0; 3 with --detailed-exitcode when something would change; 12 when a guard of the source trips
+    (completeness, freshness, deletes, duplicates); 13 when too many rows are quarantined.
+    """
+    from jobs.nightly import Night, planned
+    from pipelines.planning import make_room, save
+    from pipelines.report import plan_text
+
+    night = Night(since=since, now=moment(now), deletes=deletes, verbose=obj["verbose"] > 0)
+    settings = settings_of(obj, ray__address=ray_address)
+    if out is not None:
+        make_room(out)
+    with planned(settings, night) as found:
+        result = found.result
+        if out is not None:
+            save(result, out)
+        samples = found.samples(sample) if sample else {}
+        if output == "text":
+            click.echo(plan_text(result.plan, explain=explain, samples=samples), nl=False)
+        else:
+            listed = {action: [{"id": name, "text": text} for name, text in items] for action, items in samples.items()}
+            data = result.plan.to_json() | ({"samples": listed} if sample else {})
+            click.echo(json.dumps(data, indent=2 if output == "json" else None, sort_keys=True, ensure_ascii=True))
+        code = result.plan.exit_code
+        changed = result.plan.actions.changed
+    sys.exit(code or (CHANGES_PRESENT if detailed_exitcode and changed else 0))
+
+
+@cli.command(cls=Command)
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--no-publish", is_flag=True, help="Build and judge the generation, and leave publishing to `publish`.")
+@progress_option
+@output_option("text", "json", "jsonl")
+@ray_option
+@click.pass_obj
+def apply(obj: dict[str, Any], directory: Path, *, no_publish: bool, progress: Any, output: str, ray_address: str | None) -> None:
+    """Carry out the plan that `plan --out DIRECTORY` saved.
+
+    Refused when the catalog or the published generation has moved since the plan was made: plan again then.
+    """
+    from jobs.applying import apply_plan
+    from jobs.nightly import Night
+
+    settings = settings_of(obj, ray__address=ray_address)
+    with _watched(obj, progress) as listeners:
+        record = apply_plan(
+            settings, _with(Night(verbose=obj["verbose"] > 0, publish=not no_publish, command="apply"), listeners), directory
+        )
+    _end(record, output)
+
+
+@cli.command(cls=Command)
+@click.option(
+    "--where", default=None, metavar="FILTER", help="Published products that pass a filter, such as \"brand = 'Acme' and price < 80\"."
+)
+@click.option("--ids", default=None, metavar="IDS", help="These products: ids with commas between, or @FILE with one on each line.")
+@click.option(
+    "--from", "since", default=None, metavar="WHEN", help="Products updated at or after this: a date, ISO-8601, or a span such as 7d."
+)
+@click.option("--to", "until", default=None, metavar="ISO", help="Products updated before this, with zone.")
+@click.option(
+    "--reason",
+    type=click.Choice(["missing", "failed", "all"]),
+    default=None,
+    help="missing: in the catalog and not in the index. failed: quarantined by the live generation's run. all: everything, again.",
+)
+@click.option(
+    "--tower",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=None,
+    metavar="DIR",
+    help="Embed the whole catalog with another tower, beside the live index.",
+)
+@click.option("--publish", "publish_it", is_flag=True, help="Publish the result at once. Without it, `publish` does.")
+@progress_option
+@output_option("text", "json", "jsonl")
+@ray_option
+@now_option
+@click.pass_obj
+def backfill(
+    obj: dict[str, Any],
+    where: str | None,
+    ids: str | None,
+    since: str | None,
+    until: str | None,
+    reason: Any,
+    tower: Path | None,
+    *,
+    publish_it: bool,
+    progress: Any,
+    output: str,
+    ray_address: str | None,
+    now: str | None,
+) -> None:
+    """Make the vectors of some products again, or fill in what is missing. Publishes only with --publish.
+
+    Nothing is deleted, and the watermark stays: the next run reads what it would have read. With --tower the new space
+    grows beside the live one, and only `publish` switches; started again, it embeds what has changed since.
+    """
+    from jobs.backfill import Choice, selection
+    from jobs.nightly import Night, run_night
+
+    settings = settings_of(obj, ray__address=ray_address)
+    chosen = Choice(where=where, ids=_ids(ids), since=since, until=moment(until, option="--to"), reason=reason, tower=tower)
+    night = Night(
+        since=since or "beginning",
+        until=chosen.until,
+        now=moment(now),
+        verbose=obj["verbose"] > 0,
+        publish=publish_it,
+        command="backfill",
+        tower=tower,
+        selection=selection(settings, chosen),
+    )
+    with _watched(obj, progress) as listeners:
+        record = run_night(settings, _with(night, listeners))
+    _end(record, output)
+
+
+def _ids(given: str | None) -> tuple[str, ...]:
+    """Read ids from the command line, or from a file."""
+    if given is None:
+        return ()
+    if not given.startswith("@"):
+        found = tuple(item.strip() for item in given.split(",") if item.strip())
+    else:
+        try:
+            found = tuple(line.strip() for line in Path(given[1:]).read_text(encoding="utf-8").splitlines() if line.strip())
+        except (OSError, UnicodeDecodeError) as error:
+            raise click.UsageError(f"--ids {given}: cannot read the file: {error}.") from error
+    if not found:
+        raise click.UsageError("--ids names no product.")
+    return found
+
+
+@contextmanager
+def _watched(obj: dict[str, Any], mode: Any) -> Iterator[list[Any]]:
+    """Show progress while the block runs, and keep Ray's native lines off the screen unless they were asked for."""
+    from contextlib import nullcontext
+
+    from jobs.cluster import natives_silenced
+    from jobs.progress import observing
+
+    with natives_silenced() if not obj["verbose"] else nullcontext(), observing(mode, quiet=obj["quiet"]) as listener:
+        yield [listener]
+
+
+def _with(night: Any, listeners: list[Any]) -> Any:
+    from dataclasses import replace
+
+    return replace(night, listeners=tuple(listeners))
+
+
+def _say(data: Any, text: str, output: str) -> None:
+    """Print one thing as text, as JSON, or as a line of JSON."""
+    if output == "text":
+        click.echo(text, nl=False)
+    else:
+        click.echo(json.dumps(data, indent=2 if output == "json" else None, sort_keys=True, ensure_ascii=True))
+
+
+def _end(record: Any, output: str) -> None:
+    """Print what a run came to, and exit as it did."""
+    from pipelines.gates import failed, gates_text
+    from pipelines.report import plan_text
+    from pipelines.summary import summary_text
+
+    text = summary_text(record.facts)
+    ran = record.ran
+    if ran is not None and ran.guards:
+        text = plan_text(ran.plan) + text
+    if ran is not None and failed(ran.gates):
+        text += gates_text(failed(ran.gates))
+    _say(json.loads(record.facts.to_json()), text, output)
+    sys.exit(record.facts.exit_code)

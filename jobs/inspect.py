@@ -1,0 +1,242 @@
+"""Looking at what is there: status, runs, generations, differences, one product's way, searching, exporting."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.cluster import connected
+from jobs.nightly import Bases, Night, open_source_of, open_store, plan_request
+from jobs.records import all_runs
+from jobs.settings import Settings
+from pipelines.diff import diff, first_ids
+from pipelines.errors import InputError, NotFound
+from pipelines.gates import from_json
+from pipelines.hashes import id_hashes, text_hashes, vids
+from pipelines.index.segments import read_roster, read_tombstones, segments_of
+from pipelines.leases import live_leases
+from pipelines.manifest import GENERATION, Manifest
+from pipelines.planning import texts_of
+from pipelines.publish import current, history, open_manifest, read_manifest
+from pipelines.reader import Reader, open_generation
+from pipelines.schema import ACTION, ATTR_HASH, ID, ID_HASH, LIVE, ROW, SCANNED, SHARD, STATE, TEXT_BYTES, TEXT_HASH, UPDATED_AT, VECTOR
+from pipelines.storage import Store
+from pipelines.stores import lance
+from pipelines.stores.parquet import export, read_part
+from pipelines.summary import RunFacts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """How the alias stands."""
+
+    alias: str
+    generation: str | None
+    seq: int = 0
+    held: bool = False
+    reason: str = ""
+    published_at: datetime | None = None
+    watermark: datetime | None = None
+    lag_s: float | None = None
+    stale: bool = False
+    live: int = 0
+    tower: str = ""
+    gates: Mapping[str, str] | None = None
+    segments: int = 0
+    bytes: int = 0
+    writing: tuple[str, ...] = ()
+    last_run: RunFacts | None = None
+
+
+def require_store(settings: Settings) -> Store:
+    """Open a store that must be there."""
+    if "://" not in settings.store.root and not Path(settings.store.root).exists():
+        raise NotFound(f"there is no store at {settings.store.root} yet. Run `catalog-embed run` to make the first generation.")
+    return open_store(settings)
+
+
+def look(settings: Settings, *, max_lag: timedelta | None, now: datetime | None = None) -> Status:
+    """Return how the alias stands; `stale` says whether the watermark is older than `max_lag`."""
+    store = require_store(settings)
+    at = now or datetime.now(tz=UTC)
+    entry = current(store, settings.publish.alias)
+    writing = tuple(f"{name}: run {lease.run_id}, {lease.holder}" for name, lease in sorted(live_leases(store, at).items()))
+    runs = [facts for facts in all_runs(store).values() if facts is not None]
+    last = runs[-1] if runs else None
+    if entry is None:
+        return Status(alias=settings.publish.alias, generation=None, writing=writing, last_run=last, stale=max_lag is not None)
+    manifest = open_manifest(store, entry)
+    lag = (at - manifest.window.until).total_seconds()
+    # A night without changes publishes nothing, and yet the index is in step: such a run counts as well.
+    in_step = [facts.started_at for facts in runs if facts.outcome == "nothing" and facts.base == manifest.generation]
+    if in_step:
+        lag = min(lag, (at - max(in_step)).total_seconds())
+    return Status(
+        alias=settings.publish.alias,
+        generation=manifest.generation,
+        seq=entry.seq,
+        held=entry.hold,
+        reason=entry.reason,
+        published_at=entry.at,
+        watermark=manifest.window.until,
+        lag_s=lag,
+        stale=max_lag is not None and lag > max_lag.total_seconds(),
+        live=manifest.counts["live"],
+        tower=manifest.tower,
+        gates=dict(manifest.gates),
+        segments=len(segments_of(store, manifest)),
+        bytes=sum(item.size for item in manifest.objects),
+        writing=writing,
+        last_run=last,
+    )
+
+
+def generations(settings: Settings) -> Iterator[tuple[Manifest, str]]:
+    """Yield every whole generation, oldest first, and how it stands: live, published before, or a candidate."""
+    store = require_store(settings)
+    entries = history(store, settings.publish.alias)
+    published = {entry.generation for entry in entries}
+    names = {info.key.split("/")[1] for info in store.list("generations") if info.key.endswith("/manifest.json")}
+    for name in sorted(name for name in names if GENERATION.fullmatch(name)):
+        manifest = read_manifest(store, name)
+        if entries and entries[-1].generation == name:
+            standing = "live, held" if entries[-1].hold else "live"
+        elif name in published:
+            standing = "published before"
+        else:
+            standing = f"gates failed: {', '.join(manifest.failed_gates)}" if manifest.failed_gates else "candidate"
+        yield manifest, standing
+
+
+def named(settings: Settings, generation: str | None) -> Manifest:
+    """Return the manifest of a generation, or of the live one."""
+    store = require_store(settings)
+    if generation is not None:
+        return read_manifest(store, generation)
+    entry = current(store, settings.publish.alias)
+    if entry is None:
+        raise NotFound(f"alias `{settings.publish.alias}` names nothing yet. Run `catalog-embed run` first.")
+    return open_manifest(store, entry)
+
+
+def compare(settings: Settings, before: str, after: str, *, limit: int) -> tuple[Mapping[str, int], Mapping[str, list[str]]]:
+    """Return how many products two generations differ in, by action, and up to `limit` ids of each."""
+    store = require_store(settings)
+    one, two = read_manifest(store, before), read_manifest(store, after)
+    with tempfile.TemporaryDirectory(prefix="catalog-embed-") as folder:
+        previous, now = _state(store, one, settings), _scanned(_state(store, two, settings))
+        found = diff(previous, now, outcome=Path(folder) / "changes.parquet", options=settings.diff)
+        return found.actions, first_ids(found.changes, previous, now, limit=limit)
+
+
+def _state(store: Store, manifest: Manifest, settings: Settings) -> pa.Table:
+    table = _table(manifest)
+    return pa.concat_tables(lance.read_published(store.uri(table.uri), version=table.version, options=settings.store.options))
+
+
+def _scanned(rows: pa.Table) -> pa.Table:
+    filled = {STATE: pa.repeat(pa.scalar(LIVE, pa.int8()), rows.num_rows), TEXT_BYTES: pa.repeat(pa.scalar(0, pa.int32()), rows.num_rows)}
+    filled |= {SHARD: pa.repeat("generation", rows.num_rows), ROW: pa.array(range(rows.num_rows), pa.int64())}
+    filled |= {UPDATED_AT: pa.nulls(rows.num_rows, SCANNED.field(UPDATED_AT).type)}
+    return pa.Table.from_arrays(
+        [filled.get(item.name, rows.column(item.name) if item.name in rows.schema.names else None) for item in SCANNED], schema=SCANNED
+    )
+
+
+def _table(manifest: Manifest) -> Any:
+    if manifest.table is None:
+        raise InputError(f"{manifest.generation} pins no table. Choose another generation.")
+    return manifest.table
+
+
+def reader(settings: Settings, *, generation: str | None = None) -> Reader:
+    """Open the live generation, or another, for one look."""
+    require_store(settings)
+    return open_generation(
+        settings.store.root, settings.publish.alias, options=settings.store.options, generation=generation, reload_s=None
+    )
+
+
+def export_to(settings: Settings, target: Path, *, generation: str | None) -> tuple[str, int]:
+    """Write one clean snapshot of a generation as Parquet; return its id and how many rows it has."""
+    manifest = named(settings, generation)
+    table, store = _table(manifest), require_store(settings)
+    uri, options = store.uri(table.uri), settings.store.options
+    columns = [ID, TEXT_HASH, ATTR_HASH, *(item.name for item in settings.schema.kept()), VECTOR]
+    rows = lance.read_rows(uri, version=table.version, columns=columns, options=options, batch_rows=1 << 14)
+    written = export(rows, Store.open(target))
+    return manifest.generation, sum(item.rows or 0 for item in written)
+
+
+def trace(settings: Settings, product: str, *, verbose: bool) -> Iterator[tuple[str, str]]:
+    """Follow one product from its row to the gates; yield what each step knows of it."""
+    store = require_store(settings)
+    manifest = named(settings, None)
+    id_hash = id_hashes(pa.array([product], pa.string()))
+    yield "product", product
+    yield "id hash", id_hash[0].as_py().hex()
+    yield from _from_source(settings, product, verbose=verbose)
+    table = _table(manifest)
+    uri, options = store.uri(table.uri), settings.store.options
+    kept = [item.name for item in settings.schema.kept()]
+    rows = lance.take(uri, version=table.version, by=ID, values=pa.array([product]), columns=[TEXT_HASH, ATTR_HASH, *kept], options=options)
+    yield "generation", f"{manifest.generation}, tower {manifest.tower[:12]}"
+    if rows.num_rows:
+        row = rows.to_pylist()[0]
+        yield "table", f"version {table.version}: text hash {row[TEXT_HASH].hex()}, attribute hash {row[ATTR_HASH].hex()}"
+        for name in kept:
+            yield f"  {name}", str(row[name])
+    else:
+        yield "table", f"version {table.version} has no such product"
+    yield from _from_parts(store, manifest, id_hash)
+    yield from _from_segments(store, manifest, id_hash)
+    yield from _from_gates(store, manifest, product)
+
+
+def _from_source(settings: Settings, product: str, *, verbose: bool) -> Iterator[tuple[str, str]]:
+    """Read the product's row once more and show its text and hash as they would be now."""
+    request = plan_request(settings, Night(since="beginning"), Bases(live=None, extended=None, seq=0))
+    with connected(settings.ray.address, verbose=verbose):
+        found = texts_of(open_source_of(settings), [product], request)
+    if product not in found:
+        yield "source", "no live row has this id"
+        return
+    text = found[product]
+    yield "text now", text
+    yield "text hash now", text_hashes(pa.array([text]))[0].as_py().hex()
+
+
+def _from_parts(store: Store, manifest: Manifest, id_hash: pa.Array) -> Iterator[tuple[str, str]]:
+    """Name the parts of the vector log that hold the product, newest first."""
+    for item in reversed(manifest.parts):
+        rows = read_part(store, item, columns=[ID_HASH, ACTION, TEXT_HASH])
+        for row in rows.filter(pc.is_in(rows.column(ID_HASH), id_hash)).to_pylist():
+            text = row[TEXT_HASH].hex() if row[TEXT_HASH] else "-"
+            yield "part", f"{item.key}: {row[ACTION]}, text hash {text}"
+
+
+def _from_segments(store: Store, manifest: Manifest, id_hash: pa.Array) -> Iterator[tuple[str, str]]:
+    number = vids(id_hash)
+    hidden = read_tombstones(store, manifest)
+    for segment in segments_of(store, manifest):
+        _, there = read_roster(store, segment).position(number)
+        if there[0]:
+            gone = number[0] in hidden.get(segment.name, ())
+            yield (
+                "segment",
+                f"{segment.name} ({segment.kind}, {segment.rows:,} rows): number {number[0]}{', hidden by a tombstone' if gone else ''}",
+            )
+
+
+def _from_gates(store: Store, manifest: Manifest, product: str) -> Iterator[tuple[str, str]]:
+    key = f"generations/{manifest.generation}/gates.json"
+    for gate in from_json(store.get(key), where=key):
+        if product in gate.ids:
+            yield "gate", f"{gate.name}: {gate.verdict}, measured {gate.measured}"

@@ -1,0 +1,155 @@
+"""The record of a run: its events, its state and its metrics, kept in the store whatever the run came to."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jobs.logs import LogLines
+from jobs.settings import Settings
+from pipelines.errors import AlreadyExists, CatalogEmbedError, LeaseHeld, NotFound, StoreError
+from pipelines.gates import verdicts
+from pipelines.generation import Ran
+from pipelines.metrics import carried, read_textfile, render_prometheus, write_textfile
+from pipelines.plan import Plan
+from pipelines.storage import Store
+from pipelines.summary import RunFacts, cost_of, metrics_of
+from pipelines.telemetry import Listener, Recorder, error_text
+
+INTERRUPTED = 14
+WORK_FORMAT = 1
+
+
+class Record:
+    """One run, from its first event to its last."""
+
+    def __init__(self, store: Store, settings: Settings, *, command: str, recorder: Recorder, run_id: str, now: datetime) -> None:
+        self.store, self.recorder, self.run_id = store, recorder, run_id
+        self.ran: Ran | None = None
+        self._settings = settings
+        self.facts = RunFacts(
+            run_id=run_id, command=command, alias=settings.publish.alias, outcome="failed", exit_code=1, started_at=now, ended_at=now
+        )
+
+    def planned(self, plan: Plan) -> None:
+        """Note what the run is about to do."""
+        actions, embedding = plan.actions, plan.embedding
+        counts = {"add": actions.add, "text": actions.text, "attr": actions.attr, "delete": actions.delete}
+        texts = {"texts": embedding.texts - embedding.reused, "reused": embedding.reused, "tokens": embedding.tokens}
+        self.facts = replace(self.facts, base=plan.base, planned=counts | texts)
+        self.recorder.event("run.planned", base=plan.base or "none", plan=counts)
+
+    def resume(self, work: str) -> str:
+        """Return the run under which this very work was begun before, or this one: its parts are where they were left."""
+        for info in self.store.list("runs"):
+            if info.key.endswith("/work.json"):
+                found = json.loads(self.store.get(info.key))
+                if found.get("format") == WORK_FORMAT and found.get("work") == work:
+                    run_id = info.key.split("/")[1]
+                    self.recorder.event("run.resumed", earlier=run_id)
+                    return run_id
+        self.store.put(f"runs/{self.run_id}/work.json", json.dumps({"format": WORK_FORMAT, "work": work}).encode())
+        return self.run_id
+
+    def ended(self, ran: Ran) -> None:
+        """Note what the run came to."""
+        self.ran = ran
+        embedded, plan = ran.embedded, ran.plan
+        actual = {"read": plan.rows.read, "quarantined": sum(ran.quarantined.values())}
+        if ran.generation is not None and embedded is not None:
+            actions = plan.actions
+            actual |= {"add": actions.add, "text": actions.text, "attr": actions.attr, "delete": actions.delete}
+            actual |= {"texts": embedded.texts, "reused": plan.embedding.reused, "tokens": embedded.tokens}
+            actual |= {"embedded_texts": embedded.texts, "embedded_tokens": embedded.tokens}
+            actual |= {"halvings": embedded.halvings}
+        price = self._settings.embed.cost_per_hour
+        seconds = embedded.seconds if embedded else 0.0
+        self.facts = replace(
+            self.facts,
+            outcome=ran.outcome,
+            exit_code=ran.exit_code,
+            generation=ran.generation,
+            actual=actual,
+            quarantined=ran.quarantined,
+            retries={"embed": embedded.retries} if embedded and embedded.retries else {},
+            index_action=ran.index.action if ran.index else None,
+            index_reason=ran.index.reason if ran.index else None,
+            gates=verdicts(ran.gates),
+            recall=ran.recall,
+            bytes_written=ran.bytes_written,
+            generation_bytes=ran.bytes_total or None,
+            alias_seq=ran.entry.seq if ran.entry else None,
+            error="; ".join(f"guard {guard.name}: {guard.advice}" for guard in ran.guards) or None,
+            actor_s=seconds,
+            cost=cost_of(seconds, per_hour=price) if embedded else None,
+            currency=self._settings.embed.currency if price is not None else "",
+        )
+        self.recorder.event("run.ended", outcome=ran.outcome, generation=ran.generation or "none", exit_code=ran.exit_code)
+
+    def close(self, events: Path) -> None:
+        """Write events, state and metrics. What cannot be written is told and changes no outcome."""
+        self.facts = replace(self.facts, ended_at=datetime.now(tz=UTC), stages=self.recorder.stages)
+        try:
+            if events.exists():
+                self.store.put(f"runs/{self.run_id}/events.jsonl", self.recorder.finished())
+            self.store.put(f"runs/{self.run_id}/state.json", self.facts.to_json())
+            self._write_metrics()
+        except CatalogEmbedError as error:
+            self.recorder.event("record.unwritten", level="warning", error=error_text(error))
+
+    def _write_metrics(self) -> None:
+        place = self._settings.publish.metrics
+        if place is None:
+            return
+        path = Path(place)
+        labels = {"project": self._settings.project.project, "alias": self._settings.publish.alias}
+        values = carried(read_textfile(path, labels=labels), metrics_of(self.facts))
+        write_textfile(path, render_prometheus(values, labels=labels))
+
+
+def new_run_id(now: datetime) -> str:
+    """Return a name that sorts by time and that no other run has."""
+    return f"{now.astimezone(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+
+
+@contextmanager
+def open_record(settings: Settings, *, command: str, listeners: Sequence[Listener] = ()) -> Iterator[Record]:
+    """Record a run while the block runs; an error is recorded and goes on."""
+    now = datetime.now(tz=UTC)
+    run_id = new_run_id(now)
+    store = Store.open(settings.store.root, options=settings.store.options)
+    with tempfile.TemporaryDirectory(prefix="catalog-embed-") as folder:
+        events = Path(folder) / "events.jsonl"
+        recorder = Recorder(run_id, path=events, listeners=[LogLines(), *listeners])
+        record = Record(store, settings, command=command, recorder=recorder, run_id=run_id, now=now)
+        try:
+            yield record
+        except (LeaseHeld, AlreadyExists) as error:
+            record.facts = replace(record.facts, exit_code=error.exit_code, lease_conflicts=1, error=error_text(error))
+            raise
+        except KeyboardInterrupt:
+            record.facts = replace(record.facts, outcome="interrupted", exit_code=INTERRUPTED)
+            raise
+        except Exception as error:
+            record.facts = replace(record.facts, exit_code=getattr(error, "exit_code", 1), error=error_text(error))
+            raise
+        finally:
+            record.close(events)
+
+
+def all_runs(store: Store) -> Mapping[str, RunFacts | None]:
+    """Return the state of every run by its id, oldest first; None for one that left no state, because it was killed or still runs."""
+    found: dict[str, RunFacts | None] = {}
+    for info in store.list("runs"):
+        run_id = info.key.split("/")[1]
+        found.setdefault(run_id, None)
+        if info.key.endswith("/state.json"):
+            with suppress(NotFound, StoreError):
+                found[run_id] = RunFacts.from_json(store.get(info.key), where=store.uri(info.key))
+    return dict(sorted(found.items()))

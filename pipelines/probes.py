@@ -1,0 +1,300 @@
+"""Measure a candidate: what the gates judge. Samples are chosen by hash, so that the same generation gives the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.errors import ManifestError, StoreError
+from pipelines.gates import Measured
+from pipelines.hashes import id_hashes, vids
+from pipelines.index.probe import exact_scores, exact_top, recall_at
+from pipelines.index.search import SegmentSearcher
+from pipelines.manifest import Manifest, ManifestObject, TablePin
+from pipelines.schema import ACTION, ADD, DELETE, ID, ID_HASH, TEXT, TEXT_HASH, VECTOR, VID
+from pipelines.storage import Store
+from pipelines.stores import lance
+from pipelines.stores.parquet import FINGERPRINT, decode, metadata_of
+from pipelines.telemetry import Observer
+from pipelines.towers import fetch
+
+TOP = 10
+_REPLAYED = 16
+_DELETED = 256
+# Below so few products one pair of equal vectors is more than the share that the gate allows.
+_LEAST_FOR_IDENTICAL = 200
+_SCORE_TIE = 1e-5
+
+Vectors = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A generation to measure. Without `new_parts` it is one that exists already, and every object of it is read back."""
+
+    store: Store
+    options: Mapping[str, str] = field(repr=False)
+    manifest: Manifest
+    base: Manifest | None = None
+    recall_before: Mapping[str, float] = field(default_factory=dict)
+    new_parts: Sequence[ManifestObject] | None = None
+    texts: Mapping[str, str] = field(default_factory=dict, repr=False)
+    delete_ratio: float | None = None
+    samples: int = 128
+    token_budget: int | None = None
+
+    @cached_property
+    def table(self) -> TablePin:
+        """The pinned table."""
+        if self.manifest.table is None:
+            raise ManifestError(f"{self.manifest.generation} pins no table, so it cannot be measured. Build it again.")
+        return self.manifest.table
+
+    @cached_property
+    def address(self) -> dict[str, Any]:
+        """Where the table is, as the table's functions take it."""
+        return {"version": self.table.version, "options": self.options}
+
+    @property
+    def uri(self) -> str:
+        """The address of the table."""
+        return self.store.uri(self.table.uri)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    """Live products that are searched for: the ones with the smallest numbers, half of them changed in this run."""
+
+    ids: list[str]
+    vids: npt.NDArray[np.int64]
+    text_hashes: list[bytes]
+    vectors: Vectors
+
+
+def measure(candidate: Candidate, observer: Observer) -> Measured:
+    """Measure everything that a gate judges; what cannot be measured says why."""
+    skipped: dict[str, str] = {}
+    found: dict[str, Any] = {"delete_ratio": candidate.delete_ratio, "tower": candidate.manifest.tower}
+    corrupt = _corrupt(candidate)
+    found["corrupt"] = corrupt
+    if corrupt:
+        # Reading on would serve what is known to be damaged.
+        return Measured(**found, skipped={})
+    new = _New(candidate)
+    found |= new.measured
+    with observer.stage("search"):
+        segments = SegmentSearcher.open(candidate.store, candidate.manifest)
+        table = lance.TableSearcher(candidate.uri, candidate.table.version, candidate.options)
+        found |= _counted(candidate, segments)
+        found["deleted_found"] = _still_there(candidate, new.gone, segments)
+        sample = _sample(candidate, new.changed)
+        found |= _searched(candidate, sample, segments, table, skipped)
+    with observer.stage("replay"):
+        found |= _replayed(candidate, skipped)
+    if candidate.delete_ratio is None:
+        skipped["delete_ratio"] = "only a run knows what it took out"
+    return Measured(**found, recall_before=dict(candidate.recall_before), skipped=skipped)
+
+
+def _corrupt(candidate: Candidate) -> tuple[str, ...]:
+    """Read back every object that is new with this generation, or every object there is."""
+    known = {item.key for item in candidate.base.objects} if candidate.base and candidate.new_parts is not None else set()
+    bad = []
+    for item in candidate.manifest.objects:
+        # The table's new files were hashed from what was read back when its version was pinned, moments ago.
+        if item.key in known or (item.role == "table" and candidate.new_parts is not None):
+            continue
+        try:
+            candidate.store.verify(item)
+        except StoreError:
+            bad.append(item.key)
+    return tuple(bad)
+
+
+class _New:
+    """What this run's own parts say, read back once: vectors that are sound, and which products came and went."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self.changed: list[npt.NDArray[np.int64]] = []
+        self.gone: list[str] = []
+        rows, non_finite, non_unit, gap = 0, [], [], 0.0
+        towers = {candidate.manifest.tower}
+        whole = candidate.base is None or candidate.base.parts != candidate.manifest.parts[: len(candidate.base.parts)]
+        for item in candidate.new_parts or ():
+            data = candidate.store.read_verified(item)
+            towers.add(metadata_of(data, where=item.key).get(FINGERPRINT, "none"))
+            part = decode(data, where=item.key)
+            actions = part.column(ACTION)
+            self.gone += part.filter(pc.equal(actions, DELETE)).column(ID).to_pylist()
+            rows -= pc.sum(pc.equal(actions, DELETE)).as_py() or 0
+            there = part.filter(pc.is_valid(part.column(VECTOR)))
+            rows += there.num_rows if whole else (pc.sum(pc.equal(actions, ADD)).as_py() or 0)
+            vectors = _matrix(there.column(VECTOR))
+            norms = np.linalg.norm(vectors, axis=1)
+            sound = np.isfinite(norms) & (norms > 0)
+            ids = there.column(ID)
+            non_finite += ids.filter(pa.array(~sound)).to_pylist()
+            gaps = np.abs(np.where(sound, norms, 1.0) - 1.0)
+            gap = max(gap, float(gaps.max(initial=0.0)))
+            non_unit += ids.filter(pa.array(gaps > 1e-3)).to_pylist()  # noqa: PLR2004  examples only; the gate has the limit
+            self.changed.append(vids(there.filter(pc.is_in(there.column(ACTION), pa.array([ADD, TEXT]))).column(ID_HASH).combine_chunks()))
+        if candidate.new_parts is None:
+            self.measured: dict[str, Any] = {}
+            return
+        before = 0 if whole or candidate.base is None else candidate.base.counts["live"]
+        self.measured = {
+            "parts_rows": before + rows if not whole else rows + len(self.gone),
+            "non_finite": tuple(non_finite),
+            "norm_gap": gap,
+            "non_unit": tuple(non_unit),
+            "fingerprints": tuple(sorted(towers)),
+        }
+
+
+def _counted(candidate: Candidate, segments: SegmentSearcher) -> dict[str, Any]:
+    return {
+        "expected_rows": candidate.manifest.counts["live"],
+        "table_rows": lance.counts(candidate.uri, **candidate.address),
+        "index_rows": segments.num_live,
+        "unindexed": lance.index_state(candidate.uri, options=candidate.options, version=candidate.table.version).unindexed,
+    }
+
+
+def _still_there(candidate: Candidate, gone: Sequence[str], segments: SegmentSearcher) -> tuple[str, ...]:
+    """Return deleted products that the table or an index still has."""
+    ids = sorted(gone)[:_DELETED]
+    if not ids:
+        return ()
+    names = pa.array(ids, pa.string())
+    in_table = set(lance.take(candidate.uri, by=ID, values=names, columns=[ID], **candidate.address).column(ID).to_pylist())
+    in_index = segments.contains(vids(id_hashes(names)))
+    return tuple(name for name, found in zip(ids, in_index.tolist(), strict=True) if found or name in in_table)
+
+
+def _sample(candidate: Candidate, changed: Sequence[npt.NDArray[np.int64]]) -> _Sample:
+    """Choose live products: the smallest numbers of those that changed, then the smallest of all."""
+    fresh = np.sort(np.concatenate([np.empty(0, np.int64), *changed]))[: candidate.samples // 2]
+    smallest = np.empty(0, np.int64)
+    for batch in lance.read_rows(candidate.uri, columns=[VID], **candidate.address):
+        merged = np.concatenate([smallest, batch.column(VID).to_numpy()])
+        smallest = np.sort(merged)[: candidate.samples]
+    chosen = np.unique(np.concatenate([fresh, smallest[: candidate.samples - len(fresh)]]))
+    rows = lance.take(candidate.uri, by=VID, values=pa.array(chosen), columns=[ID, VID, TEXT_HASH, VECTOR], **candidate.address)
+    rows = rows.sort_by(VID)
+    return _Sample(
+        ids=rows.column(ID).to_pylist(),
+        vids=rows.column(VID).to_numpy(),
+        text_hashes=rows.column(TEXT_HASH).to_pylist(),
+        vectors=_matrix(rows.column(VECTOR)),
+    )
+
+
+def _searched(
+    candidate: Candidate, sample: _Sample, segments: SegmentSearcher, table: lance.TableSearcher, skipped: dict[str, str]
+) -> dict[str, Any]:
+    """Search both indexes for the sample, and compare with exact search, with each other, and with the night before."""
+    if not sample.ids:
+        for name in ("self_retrieval", "recall_faiss", "recall_lance", "parity", "churn", "identical"):
+            skipped[name] = "the generation has no product"
+        return {}
+    rows = partial(_stream, candidate)
+    exact_vids, exact = exact_top(rows, sample.vectors, TOP)
+    faiss_hits = segments.search(sample.vectors, TOP)
+    lance_vids = np.full((len(sample.ids), TOP), -1, np.int64)
+    for number, vector in enumerate(sample.vectors):
+        answers = table.nearest(vector, TOP).column(VID).to_numpy()
+        lance_vids[number, : len(answers)] = answers
+    both = {"faiss": faiss_hits.vids, "lance": lance_vids}
+    scores = {name: exact_scores(rows, sample.vectors, found) for name, found in both.items()}
+    recalls = {name: recall_at(found, scores[name], exact_vids, exact, TOP) for name, found in both.items()}
+    own = {name: _finds_itself(sample, found, scores[name], exact) for name, found in both.items()}
+    missing = [sample.ids[row] for row in np.flatnonzero(~(own["faiss"] & own["lance"]))]
+    return {
+        "self_retrieval": float(min(mask.mean() for mask in own.values())),
+        "missing": tuple(missing),
+        "recall": {name: float(values.mean()) for name, values in recalls.items()},
+        "parity": float(recall_at(faiss_hits.vids, scores["faiss"], lance_vids, scores["lance"], TOP).mean()),
+        **_identical(sample, skipped),
+        **_churn(candidate, sample, faiss_hits.vids, skipped),
+    }
+
+
+def _finds_itself(sample: _Sample, found: npt.NDArray[np.int64], scores: Vectors, exact: Vectors) -> npt.NDArray[np.bool_]:
+    """Say for each product whether it is among the best answers to its own vector; equal vectors tie."""
+    tied = scores >= exact[:, :1] - _SCORE_TIE
+    itself = found == sample.vids[:, None]
+    # Where more products than answers share a vector, any of them will do.
+    crowded = tied.all(axis=1)
+    right: npt.NDArray[np.bool_] = (itself & tied).any(axis=1) | crowded
+    return right
+
+
+def _identical(sample: _Sample, skipped: dict[str, str]) -> dict[str, Any]:
+    """Return the largest share of the sample with different texts and one vector."""
+    if len(sample.ids) < min(_LEAST_FOR_IDENTICAL, 100):
+        skipped["identical"] = f"a sample of {len(sample.ids)} products is too small to tell"
+        return {}
+    groups: dict[bytes, dict[bytes, str]] = {}
+    for vector, text_hash, name in zip(sample.vectors, sample.text_hashes, sample.ids, strict=True):
+        groups.setdefault(vector.tobytes(), {})[text_hash] = name
+    largest = max(groups.values(), key=len)
+    return {
+        "identical": (len(largest) - 1) / len(sample.ids),
+        "identical_ids": tuple(sorted(largest.values())) if len(largest) > 1 else (),
+    }
+
+
+def _churn(candidate: Candidate, sample: _Sample, now: npt.NDArray[np.int64], skipped: dict[str, str]) -> dict[str, Any]:
+    """Return the share of top-10 answers that were not there in the generation before."""
+    base = candidate.base
+    if base is None or base.tower != candidate.manifest.tower or not base.segments:
+        skipped["churn"] = "there is no earlier generation of this tower to compare with"
+        skipped["recall_drop"] = skipped["churn"]
+        return {}
+    before = SegmentSearcher.open(candidate.store, base).search(sample.vectors, TOP).vids
+    shares = [
+        1.0 - len(set(old[old >= 0].tolist()) & set(new.tolist())) / max(1, int((old >= 0).sum()))
+        for old, new in zip(before, now, strict=True)
+    ]
+    return {"churn": float(np.mean(shares))}
+
+
+def _replayed(candidate: Candidate, skipped: dict[str, str]) -> dict[str, Any]:
+    """Embed a few texts again, one at a time, and compare with what was stored."""
+    if not candidate.texts:
+        skipped["replay"] = "no text was embedded" if candidate.new_parts is not None else "a generation does not keep its texts"
+        return {}
+    from encoder.inference import EncodeOptions, Encoder  # noqa: PLC0415  a night that embeds nothing need not load torch
+
+    names = sorted(candidate.texts)[:_REPLAYED]
+    rows = lance.take(candidate.uri, by=ID, values=pa.array(names), columns=[ID, VECTOR], **candidate.address).sort_by(ID)
+    tower = [item for item in candidate.manifest.attachments if item.role == "tower"]
+    options = EncodeOptions(token_budget=candidate.token_budget)
+    encoder = Encoder(fetch(candidate.store, tower), fingerprint=candidate.manifest.tower, options=options)
+    stored = _matrix(rows.column(VECTOR))
+    ids = rows.column(ID).to_pylist()
+    cosines = []
+    for name, vector in zip(ids, stored, strict=True):
+        again = encoder.encode([candidate.texts[name]])[0]
+        cosines.append(float(again @ vector / (np.linalg.norm(again) * np.linalg.norm(vector))))
+    order = np.argsort(cosines)
+    return {"replay_cosine": min(cosines, default=1.0), "replay_ids": tuple(ids[row] for row in order[:TOP])}
+
+
+def _stream(candidate: Candidate) -> Iterator[tuple[npt.NDArray[np.int64], Vectors]]:
+    for batch in lance.read_rows(candidate.uri, columns=[VID, VECTOR], batch_rows=1 << 14, **candidate.address):
+        yield batch.column(VID).to_numpy(), _matrix(batch.column(VECTOR))
+
+
+def _matrix(column: pa.ChunkedArray) -> Vectors:
+    """Return vectors as float32 rows."""
+    dims = column.type.list_size
+    parts = [chunk.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, dims) for chunk in column.chunks]
+    return np.concatenate([np.empty((0, dims), np.float32), *parts])

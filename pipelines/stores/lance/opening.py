@@ -1,0 +1,69 @@
+"""How a table is opened, and what its errors become: messages with an address, values and an advice."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import lance
+from lance.commit import CommitConflictError
+
+from pipelines.errors import CatalogEmbedError, NotFound, StoreError
+
+T = TypeVar("T")
+
+STORAGE_VERSION = "2.2"  # the newest file format that lancedb 0.40 reads
+# What the engine raises: a lost commit race is an OSError from some of its operations, and from others a class of its own.
+_ENGINE_ERRORS = (OSError, ValueError, RuntimeError, CommitConflictError)
+_ATTEMPTS = 6
+_PAUSE_S = 0.05
+_RETRYABLE = ("retryable commit conflict", "too many concurrent writers", "please retry")
+
+
+def open_table(uri: str, *, options: Mapping[str, str], version: int | None = None) -> Any:
+    """Open one version of a table, or the latest."""
+    which = "" if version is None else f" at version {version}"
+    try:
+        return lance.dataset(uri, version=version, storage_options=dict(options) or None)
+    except _ENGINE_ERRORS as error:
+        if "was not found" in str(error) or "not found" in str(error).lower():
+            raise NotFound(f"there is no table {uri}{which}. Run `catalog-embed doctor`, or build it anew.") from error
+        raise StoreError(f"cannot open table {uri}{which}: {first_line(error)}. Check the store's options and rights.") from error
+
+
+def latest(uri: str, *, options: Mapping[str, str]) -> Any | None:
+    """Open the latest version, or return None when no version was ever committed."""
+    try:
+        return open_table(uri, options=options)
+    except NotFound:
+        return None
+
+
+@contextlib.contextmanager
+def explained(what: str, uri: str) -> Iterator[None]:
+    """Turn what Lance and Arrow raise into our errors."""
+    try:
+        yield
+    except _ENGINE_ERRORS as error:
+        if isinstance(error, CatalogEmbedError):
+            raise
+        raise StoreError(f"cannot {what} table {uri}: {first_line(error)}. Run `catalog-embed doctor`.") from error
+
+
+def committed(uri: str, *, options: Mapping[str, str], work: Callable[[Any], T]) -> T:
+    """Do one commit on the latest version, and again where another commit came between; Lance leaves this to its caller."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return work(open_table(uri, options=options))
+        except _ENGINE_ERRORS as error:
+            if attempt == _ATTEMPTS or not any(sign in str(error).lower() for sign in _RETRYABLE):
+                raise
+            time.sleep(_PAUSE_S * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a message, cut short."""
+    return str(error).strip().split("\n", maxsplit=1)[0][:300].rstrip(".")

@@ -1,0 +1,39 @@
+"""Remove versions of a table that nothing keeps, and the files that only they name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from pipelines.stores.lance.opening import explained, open_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """The versions that went, or would go, and their bytes."""
+
+    versions_removed: tuple[int, ...]
+    bytes: int
+
+
+def sweep(uri: str, *, keep_versions: AbstractSet[int], older_than: timedelta, options: Mapping[str, str], dry_run: bool) -> SweepResult:
+    """Remove what is older, and neither kept nor tagged nor the latest version.
+
+    Files that no version names may belong to a living writer, so Lance removes them only a week after they were written.
+    """
+    dataset = open_table(uri, options=options)
+    with explained("sweep", uri):
+        tagged = {tag["version"] for tag in dataset.tags.list().values()}
+        before = datetime.now(UTC) - older_than
+        versions = {item["version"]: item["timestamp"].astimezone(UTC) for item in dataset.versions()}
+        kept = {*keep_versions, *tagged, dataset.version}
+        goes = sorted(version for version, moment in versions.items() if version not in kept and moment < before)
+        if not goes:
+            return SweepResult(versions_removed=(), bytes=0)
+        if dry_run:
+            stats = dataset.explain_cleanup_old_versions(versions=goes, error_if_tagged_old_versions=False).stats
+        else:
+            stats = dataset.cleanup_old_versions(versions=goes, error_if_tagged_old_versions=False)
+    return SweepResult(versions_removed=tuple(goes), bytes=int(stats.bytes_removed))
