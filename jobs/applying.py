@@ -13,20 +13,20 @@ from jobs.settings import Settings
 from pipelines.errors import InputError, PlanError, SourceMoved
 from pipelines.generation import Located
 from pipelines.plan import Plan
-from pipelines.planning import PlanRequest
+from pipelines.planning import PLAN_FILES, PlanRequest, file_sha256
 from pipelines.schema import PUBLISHED
 from pipelines.spool import Spool
 from pipelines.stores.lance import read_published
 
-FILES = ("plan.json", "changes.parquet", "quarantine.parquet")
-
 
 def apply_plan(settings: Settings, night: Night, directory: Path) -> Record:
     """Carry out the plan that `plan --out` saved in a folder."""
+    directory = directory.resolve()
     plan = read_plan(directory)
     with started(settings, night) as work:
         bases = open_bases(settings, night)
-        request = replace(plan_request(settings, night, bases), window=plan.window, deletes=plan.deletes)
+        request = plan_request(settings, night, bases)
+        request = replace(request, window=plan.window, deletes=plan.deletes, normalizing=settings.normalizing(plan.window))
         _check(plan, bases, request)
         now = work.source.snapshot()
         if now != plan.source:
@@ -38,6 +38,7 @@ def apply_plan(settings: Settings, night: Night, directory: Path) -> Record:
                 quarantine=directory / "quarantine.parquet",
                 previous=_previous(work, bases),
                 base=bases.extended,
+                parent=bases.live.generation if bases.live else None,
                 seq=bases.seq,
             ),
             request,
@@ -47,15 +48,20 @@ def apply_plan(settings: Settings, night: Night, directory: Path) -> Record:
 
 def read_plan(directory: Path) -> Plan:
     """Read a saved plan; all of its files must be there."""
-    missing = [name for name in FILES if not (directory / name).is_file()]
+    missing = [name for name in ("plan.json", *PLAN_FILES) if not (directory / name).is_file()]
     if missing:
         raise InputError(f"{directory} holds no whole plan: {', '.join(missing)} is missing. Save one with `plan --out`.")
     path = directory / "plan.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path} is not readable as JSON. Plan again with `plan --out`.") from error
-    return Plan.from_json(data, where=str(path))
+    plan = Plan.from_json(data, where=str(path))
+    said = data.get("files")
+    changed = [name for name in PLAN_FILES if not isinstance(said, dict) or file_sha256(directory / name) != said.get(name)]
+    if changed:
+        raise PlanError(f"{directory}: {' and '.join(changed)} changed since the plan was saved. Plan again with `plan --out`.")
+    return plan
 
 
 def _check(plan: Plan, bases: Bases, request: PlanRequest) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,19 +18,37 @@ from jobs.nightly import Bases, Night, open_source_of, open_store, plan_request
 from jobs.records import all_runs
 from jobs.settings import Settings
 from pipelines.diff import diff, first_ids
-from pipelines.errors import InputError, NotFound
+from pipelines.errors import CatalogEmbedError, InputError, NotFound, SourceError
 from pipelines.gates import from_json
 from pipelines.hashes import id_hashes, text_hashes, vids
 from pipelines.index.segments import read_roster, read_tombstones, segments_of
 from pipelines.leases import live_leases
-from pipelines.manifest import GENERATION, Manifest
+from pipelines.manifest import GENERATION, Manifest, generation_number
 from pipelines.planning import texts_of
 from pipelines.publish import current, history, open_manifest, read_manifest
 from pipelines.reader import Reader, open_generation
-from pipelines.schema import ACTION, ATTR_HASH, ID, ID_HASH, LIVE, ROW, SCANNED, SHARD, STATE, TEXT_BYTES, TEXT_HASH, UPDATED_AT, VECTOR
+from pipelines.retention import pins
+from pipelines.schema import (
+    ACTION,
+    ATTR_HASH,
+    FIELD,
+    ID,
+    ID_HASH,
+    LIVE,
+    REASON,
+    ROW,
+    SCANNED,
+    SHARD,
+    STAGE,
+    STATE,
+    TEXT_BYTES,
+    TEXT_HASH,
+    UPDATED_AT,
+    VECTOR,
+)
 from pipelines.storage import Store
 from pipelines.stores import lance
-from pipelines.stores.parquet import export, read_part
+from pipelines.stores.parquet import decode, export, read_part
 from pipelines.summary import RunFacts
 
 
@@ -75,9 +94,8 @@ def look(settings: Settings, *, max_lag: timedelta | None, now: datetime | None 
     manifest = open_manifest(store, entry)
     lag = (at - manifest.window.until).total_seconds()
     # A night without changes publishes nothing, and yet the index is in step: such a run counts as well.
-    in_step = [facts.started_at for facts in runs if facts.outcome == "nothing" and facts.base == manifest.generation]
-    if in_step:
-        lag = min(lag, (at - max(in_step)).total_seconds())
+    in_step = [facts.in_step for facts in runs if facts.in_step is not None and facts.base == manifest.generation]
+    lag = min([lag, *((at - moment).total_seconds() for moment in in_step)])
     return Status(
         alias=settings.publish.alias,
         generation=manifest.generation,
@@ -98,21 +116,59 @@ def look(settings: Settings, *, max_lag: timedelta | None, now: datetime | None 
     )
 
 
-def generations(settings: Settings) -> Iterator[tuple[Manifest, str]]:
-    """Yield every whole generation, oldest first, and how it stands: live, published before, or a candidate."""
+def running(store: Store) -> frozenset[str]:
+    """Return the runs that hold a lease now."""
+    return frozenset(lease.run_id for lease in live_leases(store, datetime.now(tz=UTC)).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A generation that was written, and how it stands: live, published before, or a candidate. Without a manifest it is damaged."""
+
+    name: str
+    manifest: Manifest | None
+    standing: str
+
+
+def generations(settings: Settings) -> Iterator[Listed]:
+    """Yield every generation that was written whole, oldest first."""
     store = require_store(settings)
     entries = history(store, settings.publish.alias)
     published = {entry.generation for entry in entries}
+    pinned = pins(store)
     names = {info.key.split("/")[1] for info in store.list("generations") if info.key.endswith("/manifest.json")}
-    for name in sorted(name for name in names if GENERATION.fullmatch(name)):
-        manifest = read_manifest(store, name)
+    for name in sorted(filter(GENERATION.fullmatch, names), key=generation_number):
+        try:
+            manifest = read_manifest(store, name)
+        except CatalogEmbedError as error:
+            yield Listed(name=name, manifest=None, standing=f"damaged: {error}")
+            continue
         if entries and entries[-1].generation == name:
             standing = "live, held" if entries[-1].hold else "live"
         elif name in published:
             standing = "published before"
         else:
             standing = f"gates failed: {', '.join(manifest.failed_gates)}" if manifest.failed_gates else "candidate"
-        yield manifest, standing
+        if name in pinned:
+            standing += f", pinned by {pinned[name].by}{': ' + pinned[name].reason if pinned[name].reason else ''}"
+        yield Listed(name=name, manifest=manifest, standing=standing)
+
+
+def lineage(store: Store, manifest: Manifest) -> Iterator[Manifest]:
+    """Yield a generation and those that it grew from, newest first, as far as they are kept."""
+    yield manifest
+    with suppress(NotFound):
+        while manifest.parent is not None:
+            manifest = read_manifest(store, manifest.parent)
+            yield manifest
+
+
+def quarantined(store: Store, manifest: Manifest) -> Iterator[tuple[str, pa.Table]]:
+    """Yield the run and the rejected rows of every run that led to a generation, newest first."""
+    for one in lineage(store, manifest):
+        for item in one.attachments:
+            if item.role == "quarantine":
+                yield one.run_id, decode(store.read_verified(item), where=item.key)
 
 
 def named(settings: Settings, generation: str | None) -> Manifest:
@@ -169,7 +225,7 @@ def export_to(settings: Settings, target: Path, *, generation: str | None) -> tu
     manifest = named(settings, generation)
     table, store = _table(manifest), require_store(settings)
     uri, options = store.uri(table.uri), settings.store.options
-    columns = [ID, TEXT_HASH, ATTR_HASH, *(item.name for item in settings.schema.kept()), VECTOR]
+    columns = [ID, TEXT_HASH, ATTR_HASH, *lance.TableSearcher(uri, table.version, options).kept, VECTOR]
     rows = lance.read_rows(uri, version=table.version, columns=columns, options=options, batch_rows=1 << 14)
     written = export(rows, Store.open(target))
     return manifest.generation, sum(item.rows or 0 for item in written)
@@ -182,35 +238,52 @@ def trace(settings: Settings, product: str, *, verbose: bool) -> Iterator[tuple[
     id_hash = id_hashes(pa.array([product], pa.string()))
     yield "product", product
     yield "id hash", id_hash[0].as_py().hex()
-    yield from _from_source(settings, product, verbose=verbose)
+    now = yield from _from_source(settings, product, verbose=verbose)
     table = _table(manifest)
-    uri, options = store.uri(table.uri), settings.store.options
-    kept = [item.name for item in settings.schema.kept()]
-    rows = lance.take(uri, version=table.version, by=ID, values=pa.array([product]), columns=[TEXT_HASH, ATTR_HASH, *kept], options=options)
+    searcher = lance.TableSearcher(store.uri(table.uri), table.version, settings.store.options)
+    rows = searcher.rows([product], [TEXT_HASH, ATTR_HASH, *searcher.kept]).to_pylist()
     yield "generation", f"{manifest.generation}, tower {manifest.tower[:12]}"
-    if rows.num_rows:
-        row = rows.to_pylist()[0]
+    if rows:
+        row = rows[0]
         yield "table", f"version {table.version}: text hash {row[TEXT_HASH].hex()}, attribute hash {row[ATTR_HASH].hex()}"
-        for name in kept:
+        for name in searcher.kept:
             yield f"  {name}", str(row[name])
+        if now is not None and now != row[TEXT_HASH].hex():
+            yield "note", "the text has changed since: the next run embeds it again"
     else:
         yield "table", f"version {table.version} has no such product"
+        if now is not None:
+            yield "note", "the catalog has it and the index does not: `catalog-embed backfill --reason missing` adds it"
+    yield from _from_quarantine(store, manifest, product)
     yield from _from_parts(store, manifest, id_hash)
     yield from _from_segments(store, manifest, id_hash)
     yield from _from_gates(store, manifest, product)
 
 
-def _from_source(settings: Settings, product: str, *, verbose: bool) -> Iterator[tuple[str, str]]:
-    """Read the product's row once more and show its text and hash as they would be now."""
+def _from_source(settings: Settings, product: str, *, verbose: bool) -> Generator[tuple[str, str], None, str | None]:
+    """Read the product's row once more, show its text as it would be now, and return the text's hash."""
     request = plan_request(settings, Night(since="beginning"), Bases(live=None, extended=None, seq=0))
-    with connected(settings.ray.address, verbose=verbose):
-        found = texts_of(open_source_of(settings), [product], request)
+    try:
+        with connected(settings.ray.address, verbose=verbose):
+            found = texts_of(open_source_of(settings), [product], request)
+    except SourceError as error:
+        yield "source", f"cannot be read now: {error}"
+        return None
     if product not in found:
         yield "source", "no live row has this id"
-        return
+        return None
     text = found[product]
+    now: str = text_hashes(pa.array([text]))[0].as_py().hex()
     yield "text now", text
-    yield "text hash now", text_hashes(pa.array([text]))[0].as_py().hex()
+    yield "text hash now", now
+    return now
+
+
+def _from_quarantine(store: Store, manifest: Manifest, product: str) -> Iterator[tuple[str, str]]:
+    """Say in which runs the product's row was rejected, and why."""
+    for run_id, rows in quarantined(store, manifest):
+        for row in rows.filter(pc.equal(rows.column(ID), product)).to_pylist():
+            yield "quarantine", f"run {run_id}: {row[STAGE]}, {row[REASON]} in {row[FIELD]}, row {row[ROW]} of {row[SHARD]}"
 
 
 def _from_parts(store: Store, manifest: Manifest, id_hash: pa.Array) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from encoder.registry import TowerOptions, default_tower, read_card
@@ -109,6 +109,7 @@ def run_night(settings: Settings, night: Night) -> Record:
                 quarantine=result.quarantine,
                 previous=result.previous,
                 base=bases.extended,
+                parent=bases.live.generation if bases.live else None,
                 seq=bases.seq,
             ),
             request,
@@ -139,7 +140,7 @@ class Work:
                 self.options,
                 lease=self.lease,
                 recorder=self.record.recorder,
-                run_id=self.record.resume(digest),
+                run_id=self.record.resume(digest, again=request.selection is not None and request.selection.again),
                 work=self.folder,
             )
         )
@@ -249,7 +250,8 @@ def run_options(settings: Settings, store: Store, space: Space, night: Night) ->
         lease=settings.publish.lease,
         config_digest=config_digest(settings),
         versions=versions(),
-        clock=lambda: night.now or datetime.now(tz=UTC),
+        # Leases and entries of the log follow the real clock, whatever moment a plan pretends it is.
+        clock=lambda: datetime.now(tz=UTC),
     )
 
 
@@ -292,12 +294,14 @@ def plan_request(settings: Settings, night: Night, bases: Bases) -> PlanRequest:
     now = night.now or datetime.now(tz=UTC)
     base = base_of(settings, bases.extended)
     beside = base_of(settings, bases.live) if bases.live is not None and bases.live is not bases.extended else None
-    if night.selection is not None and base is None:
-        raise InputError("nothing is published yet, so there is nothing to fill in. Run `catalog-embed run` first.")
+    if night.selection is not None:
+        _check_selectable(settings, base, live=bases.live)
     watermark = base.watermark if base else None
     # A catalog without update times cannot be narrowed, so its nights read everything.
     since = "beginning" if night.since == "last" and settings.columns.updated_at is None else night.since
-    window = resolve(since, now=now, tz=settings.zone, lookback=settings.plan.lookback, watermark=watermark)
+    # A part of the catalog is what was asked for, to the second.
+    lookback = settings.plan.lookback if night.until is None else timedelta(0)
+    window = resolve(since, now=now, tz=settings.zone, lookback=lookback, watermark=watermark)
     if night.until is not None:
         window = Window(since=window.since, until=min(night.until, now), bounded=True)
     elif beside or (base and made_otherwise(base, template=settings.template, schema=settings.schema)):
@@ -306,7 +310,7 @@ def plan_request(settings: Settings, night: Night, bases: Bases) -> PlanRequest:
         alias=settings.publish.alias,
         window=window,
         zone=settings.project.timezone,
-        lookback=settings.plan.lookback,
+        lookback=lookback,
         template=settings.template,
         normalizing=settings.normalizing(window),
         limits=settings.limits,
@@ -318,6 +322,19 @@ def plan_request(settings: Settings, night: Night, bases: Bases) -> PlanRequest:
         beside_allowed=night.tower is not None,
         selection=night.selection,
     )
+
+
+def _check_selectable(settings: Settings, base: Base | None, *, live: Manifest | None) -> None:
+    """Refuse a part of the products where only a whole catalog can be carried out."""
+    if base is None:
+        made = f"{live.generation} was made by another tower or template" if live else "nothing is published yet"
+        raise InputError(
+            f"{made}, so there is nothing to fill in. {'See `backfill --tower`' if live else 'Run `catalog-embed run` first'}."
+        )
+    if changed := made_otherwise(base, template=settings.template, schema=settings.schema):
+        raise InputError(
+            f"{' and '.join(changed)} changed since {base.generation}, which concerns every product. Run `catalog-embed run` first."
+        )
 
 
 def _partitions(base: Base | None) -> int:

@@ -33,7 +33,7 @@ source:
 
 document:
   template: "{{{{ title }}}} | {{{{ brand }}}} | {{{{ category }}}} | {{{{ attributes | pairs(12) }}}} | {{{{ description | tokens(96) }}}}"
-  filters: {{ brand: string, category: string, size: string, price: float, in_stock: bool, rating: float, weight_g: int }}
+  filters: {{ title: string, brand: string, category: string, size: string, price: float, in_stock: bool, rating: float, weight_g: int }}
 
 store: {{ root: index }}
 plan: {{ lookback: 6h }}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import tempfile
@@ -16,6 +17,7 @@ from jobs.settings import Settings
 from pipelines.errors import AlreadyExists, CatalogEmbedError, LeaseHeld, NotFound, StoreError
 from pipelines.gates import verdicts
 from pipelines.generation import Ran
+from pipelines.manifest import Manifest
 from pipelines.metrics import carried, read_textfile, render_prometheus, write_textfile
 from pipelines.plan import Plan
 from pipelines.storage import Store
@@ -45,17 +47,30 @@ class Record:
         self.facts = replace(self.facts, base=plan.base, planned=counts | texts)
         self.recorder.event("run.planned", base=plan.base or "none", plan=counts)
 
-    def resume(self, work: str) -> str:
-        """Return the run under which this very work was begun before, or this one: its parts are where they were left."""
+    def resume(self, work: str, *, again: bool = False) -> str:
+        """Return the run under which this very work was begun before, or this one: its parts are where they were left.
+
+        Where other runs have left parts since, the work is dealt out anew around them, so it is another run's; what the
+        earlier one paid for is copied. Work that is asked for `again` goes on with a run that was cut off, and never
+        with one that was finished.
+        """
+        parts = [info.key for info in self.store.list("vectors") if info.key.rpartition("/")[2].startswith("part-")]
         for info in self.store.list("runs"):
             if info.key.endswith("/work.json"):
+                run_id = info.key.split("/")[1]
                 found = json.loads(self.store.get(info.key))
-                if found.get("format") == WORK_FORMAT and found.get("work") == work:
-                    run_id = info.key.split("/")[1]
+                begun = {"format": WORK_FORMAT, "work": work, "beside": _beside(parts, run_id)}
+                if found == begun and not (again and self._finished(run_id)):
                     self.recorder.event("run.resumed", earlier=run_id)
                     return run_id
-        self.store.put(f"runs/{self.run_id}/work.json", json.dumps({"format": WORK_FORMAT, "work": work}).encode())
+        begun = {"format": WORK_FORMAT, "work": work, "beside": _beside(parts, self.run_id)}
+        self.store.put(f"runs/{self.run_id}/work.json", json.dumps(begun).encode())
         return self.run_id
+
+    def _finished(self, run_id: str) -> bool:
+        """Say whether a generation was written from a run's parts."""
+        keys = [info.key for info in self.store.list("generations") if info.key.endswith("/manifest.json")]
+        return any(Manifest.from_json(self.store.get(key), where=self.store.uri(key)).run_id == run_id for key in keys)
 
     def ended(self, ran: Ran) -> None:
         """Note what the run came to."""
@@ -85,6 +100,8 @@ class Record:
             bytes_written=ran.bytes_written,
             generation_bytes=ran.bytes_total or None,
             alias_seq=ran.entry.seq if ran.entry else None,
+            in_step=ran.in_step,
+            held=ran.held,
             error="; ".join(f"guard {guard.name}: {guard.advice}" for guard in ran.guards) or None,
             actor_s=seconds,
             cost=cost_of(seconds, per_hour=price) if embedded else None,
@@ -111,6 +128,11 @@ class Record:
         labels = {"project": self._settings.project.project, "alias": self._settings.publish.alias}
         values = carried(read_textfile(path, labels=labels), metrics_of(self.facts))
         write_textfile(path, render_prometheus(values, labels=labels))
+
+
+def _beside(parts: Sequence[str], run_id: str) -> str:
+    """Hash which parts there are beside those of a run."""
+    return hashlib.sha256("\n".join(key for key in parts if not key.startswith(f"vectors/{run_id}/")).encode()).hexdigest()
 
 
 def new_run_id(now: datetime) -> str:

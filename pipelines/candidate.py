@@ -26,7 +26,7 @@ def apply(build: Build, embedded: Embedded, *, live: int) -> TablePin:
     build.store.failpoint("run.before_apply")
     uri, spec = build.table_uri, build.spec
     base = build.extends.table if build.extends else None
-    lance.restore(uri, version=base.version if base else None, options=build.options)
+    restored = lance.restore(uri, version=base.version if base else None, options=build.options)
     with build.observer.stage("table", total=None, unit="row") as progress:
         if base is None:
             fragments = []
@@ -34,9 +34,9 @@ def apply(build: Build, embedded: Embedded, *, live: int) -> TablePin:
             arguments = ((store, item, uri, spec, dict(build.options)) for item in embedded.parts)
             for written in spread(_write_fragment, arguments, in_flight=_FRAGMENTS_IN_FLIGHT):
                 fragments.extend(written)
-            lance.commit_build(uri, sorted(fragments), spec, build.options)
+            version = lance.commit_build(uri, sorted(fragments), spec, build.options)
         else:
-            lance.apply(
+            version = lance.apply(
                 uri,
                 upserts=_rows(build, embedded, (ADD, TEXT)),
                 attrs=_rows(build, embedded, (ATTR,)),
@@ -44,11 +44,12 @@ def apply(build: Build, embedded: Embedded, *, live: int) -> TablePin:
                 spec=spec,
                 options=build.options,
                 expect_live=live,
+                at=restored,
             )
         progress.advance(live)
     build.store.failpoint("run.applied")
     with build.observer.stage("indexes", total=None, unit="row"):
-        state = lance.refresh_indexes(uri, spec, build.options)
+        state = lance.refresh_indexes(uri, spec, build.options, at=version)
     build.store.failpoint("run.indexed")
     with build.observer.stage("read-back", total=None, unit="row"):
         pin = lance.pin(

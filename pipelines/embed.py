@@ -6,13 +6,13 @@ no actor, and start no tower. A part that is there already is verified and passe
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -136,11 +136,20 @@ def run_parts(work: Iterable[PartWork], job: EmbedJob) -> Iterator[PartDone]:
                 yield shared, _sent(item)
 
     in_flight = max(2, int(ray.cluster_resources().get("CPU", 1)))
-    with _explained():
-        for packed in spread(_make, others(), in_flight=in_flight):
-            yield PartDone.unpack(packed)
-        if waiting:
-            yield from _embed(waiting, rows, maker, job)
+    try:
+        with _own_errors():
+            for packed in spread(_make, others(), in_flight=in_flight):
+                yield PartDone.unpack(packed)
+            if waiting:
+                yield from _embed(waiting, rows, maker, job)
+    except Exception as error:  # noqa: BLE001  every error is raised again below
+        failure = _own(error)
+    else:
+        return
+    # An error of Ray Data and its actors hold each other, and with them the CPUs that another run waits for.
+    failure.__context__ = None
+    gc.collect()
+    raise failure
 
 
 def _embed(waiting: Sequence[Any], rows: int, maker: _Maker, job: EmbedJob) -> Iterator[PartDone]:
@@ -366,21 +375,16 @@ class _Write:
         return replace(done, **{name: facts[name] for name in ("texts", "tokens", "halvings", "seconds", "attempts")})
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Bring our own errors back from workers as themselves; say of Ray's what to do."""
-    try:
-        with _own_errors():
-            yield
-    except (CatalogEmbedError, GeneratorExit):
-        raise
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            inner = getattr(cause, "cause", None)
-            cause = inner if isinstance(inner, BaseException) else cause.__cause__ or cause.__context__
-            if isinstance(cause, TowerError):
-                raise TowerError(str(cause).partition("\nFailed to apply UDF")[0]) from None
-        if isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError):
-            raise EmbedError(f"a worker could not go on ({type(error).__name__}). Look at Ray's log; run again to resume.") from error
-        raise
+def _own(error: Exception) -> Exception:
+    """Return the error that the caller shall see."""
+    if isinstance(error, CatalogEmbedError):
+        return error.with_traceback(None)
+    cause: BaseException | None = error
+    while cause is not None:
+        inner = getattr(cause, "cause", None)
+        cause = inner if isinstance(inner, BaseException) else cause.__cause__ or cause.__context__
+        if isinstance(cause, TowerError):
+            return TowerError(str(cause).partition("\nFailed to apply UDF")[0])
+    if isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError):
+        return EmbedError(f"a worker could not go on ({type(error).__name__}: {str(error)[:200]}). Look at Ray's log; run again to resume.")
+    return error

@@ -21,7 +21,7 @@ from pipelines.build import Build, Embedded, EmbedOptions, Space, TableOptions
 from pipelines.candidate import apply, segment
 from pipelines.contracts import Source, Window
 from pipelines.diff.dealing import first_embedded
-from pipelines.errors import NotFound, SourceMoved
+from pipelines.errors import AlreadyExists, NotFound, SourceMoved
 from pipelines.gates import GATE_FAILED, Gate, GateLimits, Measured, Waiver, failed, from_json, judge, to_json, verdicts
 from pipelines.index.spec import RefreshOptions
 from pipelines.index.update import NextIndex
@@ -66,8 +66,8 @@ class RunOptions:
 
     @property
     def lease_name(self) -> str:
-        """What a run leases: the space of one tower."""
-        return f"tower-{self.space.card.fingerprint[:16]}"
+        """What a run leases."""
+        return lease_name(self.space.card.fingerprint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,8 @@ class Located:
     quarantine: Path
     previous: Sequence[Path]
     base: Manifest | None
+    # What the alias named when this was planned, and in which entry.
+    parent: str | None
     seq: int
 
 
@@ -98,8 +100,17 @@ class Ran:
     recall: Mapping[str, float] = field(default_factory=dict)
     quarantined: Mapping[str, int] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
+    # Up to when the base is known to be in step with the catalog, where nothing had to be done.
+    in_step: datetime | None = None
+    # Why a good candidate was not published: somebody holds the alias.
+    held: str | None = None
     bytes_written: int = 0
     bytes_total: int = 0
+
+
+def lease_name(fingerprint: str) -> str:
+    """Return what runs of a tower lease: its space."""
+    return f"tower-{fingerprint[:16]}"
 
 
 def leased(options: RunOptions, run_id: str) -> Any:
@@ -141,7 +152,13 @@ def carry_out(
     if plan.failed:
         return Ran(outcome="guarded", exit_code=plan.exit_code, run_id=run_id, plan=plan, guards=plan.failed, quarantined=plan.rejected)
     if not plan.actions.changed and located.base is not None and not _rewrites(located, request):
-        return Ran(outcome="nothing", exit_code=0, run_id=run_id, plan=plan, quarantined=plan.rejected)
+        base = located.base.generation
+        if options.publish and request.selection is None and base != located.parent:
+            # A run that was to publish it died in between.
+            facts: dict[str, Any] = {"run_id": run_id, "plan": plan, "generation": base, "quarantined": plan.rejected}
+            return _published(located, request, options, lease=lease, facts=facts)
+        in_step = _settled(located, request).until
+        return Ran(outcome="nothing", exit_code=0, run_id=run_id, plan=plan, quarantined=plan.rejected, in_step=in_step)
     build = _build(located, request, options, recorder=recorder, run_id=run_id, work=work)
     with recorder.stage("deal"):
         dealt = deal(build, located.changes, located.previous)
@@ -182,7 +199,7 @@ def _build(located: Located, request: PlanRequest, options: RunOptions, *, recor
         store=options.store,
         options=options.options,
         run_id=run_id,
-        generation=next_generation(options.store),
+        generation=_taken(options.store, run_id),
         space=options.space,
         base=located.base,
         preparer=Preparer(normalizing=request.normalizing, template=request.template),
@@ -195,6 +212,15 @@ def _build(located: Located, request: PlanRequest, options: RunOptions, *, recor
         rewrite=_rewrites(located, request),
         afresh=request.selection is not None and request.selection.again,
     )
+
+
+def _taken(store: Store, run_id: str) -> str:
+    """Take the next generation id, so that a run of another tower, which may go on beside this one, takes another."""
+    while True:
+        generation = next_generation(store)
+        with suppress(AlreadyExists):
+            store.put_if_absent(f"generations/{generation}/begun.json", canonical({"run_id": run_id}))
+            return generation
 
 
 def _too_many(plan: Plan, quarantined: int, request: PlanRequest) -> Guard | None:
@@ -231,7 +257,7 @@ def _finish(
     index = segment(build, embedded, pin, live=live)
     manifest = Manifest(
         generation=build.generation,
-        parent=_parent(store, request.alias),
+        parent=located.parent,
         created_at=options.clock(),
         run_id=build.run_id,
         source=plan.source,
@@ -276,13 +302,21 @@ def _finish(
         return Ran(outcome="gates_failed", exit_code=GATE_FAILED, **facts)
     if not options.publish:
         return Ran(outcome="built", exit_code=0, **facts)
+    return _published(located, request, options, lease=lease, facts=facts)
+
+
+def _published(located: Located, request: PlanRequest, options: RunOptions, *, lease: Lease, facts: Mapping[str, Any]) -> Ran:
+    """Make a good generation live, unless somebody holds the alias."""
+    store = options.store
     lease.check()
+    if (head := current(store, request.alias)) is not None and head.hold:
+        return Ran(outcome="built", exit_code=0, held=f"held on {head.generation} ({head.reason or 'no reason given'})", **facts)
     entry = publish(
         store,
         alias=request.alias,
-        generation=build.generation,
+        generation=facts["generation"],
         expected_seq=located.seq,
-        run_id=build.run_id,
+        run_id=facts["run_id"],
         clock=options.clock,
         reason=options.reason,
     )
@@ -304,11 +338,6 @@ def _settled(located: Located, request: PlanRequest) -> Window:
         return window
     gap = window.since is not None and window.since > base.window.until
     return base.window if gap or window.bounded or request.selection is not None else window
-
-
-def _parent(store: Store, alias: str) -> str | None:
-    entry = current(store, alias)
-    return entry.generation if entry else None
 
 
 def _keep_quarantine(store: Store, located: Located, embedded: Embedded, *, run_id: str) -> tuple[ManifestObject, ...]:

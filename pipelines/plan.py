@@ -228,7 +228,7 @@ def another_tower(live: str, wanted: str) -> Guard:
         "tower",
         1.0,
         0.0,
-        f"The tower or its template changed ({live[:12]} -> {wanted[:12]}), so every vector would be made anew. If that is meant, build beside the live index with `catalog-embed backfill --tower`, then `publish`.",
+        f"The configured tower or its template ({wanted[:12]}) is not what the live index was made with ({live[:12]}). If the index was switched, set `tower: path` and `document: template` to what it has; if it shall be, build beside it with `catalog-embed backfill --tower`, then `publish`.",
     )
 
 

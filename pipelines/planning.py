@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -42,6 +43,7 @@ from pipelines.schema import (
     SHARD,
     STAGE,
     TEXT,
+    TEXT_HASH,
     UPDATED_AT,
     ProductSchema,
 )
@@ -50,6 +52,8 @@ from pipelines.text import Template
 from pipelines.workers import scan, spread
 
 DUPLICATE_ID = "duplicate_id"
+# What a saved plan holds beside plan.json, which lists their sha256.
+PLAN_FILES = ("changes.parquet", "quarantine.parquet")
 
 # For catalogs so small that no text falls into the sample.
 _TOKENS_PER_BYTE = 0.25
@@ -192,8 +196,15 @@ def save(planned: Planned, directory: Path) -> None:
     make_room(directory)
     with_rows(planned.changes, planned.previous, planned.current, outcome=directory / "changes.parquet")
     shutil.copyfile(planned.quarantine, directory / "quarantine.parquet")
-    text = json.dumps(planned.plan.to_json(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    data = {**planned.plan.to_json(), "files": {name: file_sha256(directory / name) for name in PLAN_FILES}}
+    text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (directory / "plan.json").write_text(text, encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sample_changes(planned: Planned, *, limit: int) -> dict[str, list[str]]:
@@ -364,7 +375,9 @@ def _notes(base: Base | None, request: PlanRequest) -> tuple[str, ...]:
 
 def _embedding(sides: _Sides, difference: Difference, request: PlanRequest) -> Embedding:
     """Count the texts to embed; their tokens follow from the share of tokens in the bytes of the sampled texts."""
-    texts = count_texts(difference.changes, sides.previous, options=request.diff)
+    again = request.selection is not None and request.selection.again
+    known = pa.table({TEXT_HASH: pa.array([], HASH)}) if again else sides.previous
+    texts = count_texts(difference.changes, known, options=request.diff)
     tally = sides.tally
     ratio = tally.sample_tokens / tally.sample_bytes if tally.sample_bytes else _TOKENS_PER_BYTE
     return Embedding(rows=texts.rows, texts=texts.texts, reused=texts.reused, tokens=round(texts.text_bytes * ratio))

@@ -180,9 +180,10 @@ class TextsOf:
     ids: tuple[str, ...]
 
     def __call__(self, batch: pa.RecordBatch, *, shard: str, first_row: int) -> pa.Table:
-        """Return id and text of the batch's products that were asked for."""
+        """Return id and text of the batch's live products that were asked for."""
         products = normalize(batch, self.normalizing, shard=shard, first_row=first_row).products
-        chosen = products.filter(pc.is_in(products.column(ID), pa.array(self.ids, pa.string())))
+        wanted = pc.is_in(products.column(ID), pa.array(self.ids, pa.string()))
+        chosen = products.filter(pc.and_not(wanted, products.column(DELETED)))
         return pa.table({ID: chosen.column(ID), "text": render(self.template, chosen.combine_chunks())})
 
 

@@ -31,6 +31,8 @@ _DELETED = 256
 # Below so few products one pair of equal vectors is more than the share that the gate allows.
 _LEAST_FOR_IDENTICAL = 200
 _SCORE_TIE = 1e-5
+# A gap of norms that makes a product an example; the gate has the limit.
+_EXAMPLE_GAP = 1e-3
 
 Vectors = npt.NDArray[np.float32]
 
@@ -87,14 +89,14 @@ def measure(candidate: Candidate, observer: Observer) -> Measured:
     if corrupt:
         # Reading on would serve what is known to be damaged.
         return Measured(**found, skipped={})
-    new = _New(candidate)
-    found |= new.measured
+    log = _Log(candidate)
+    found |= log.measured
     with observer.stage("search"):
         segments = SegmentSearcher.open(candidate.store, candidate.manifest)
         table = lance.TableSearcher(candidate.uri, candidate.table.version, candidate.options)
         found |= _counted(candidate, segments)
-        found["deleted_found"] = _still_there(candidate, new.gone, segments)
-        sample = _sample(candidate, new.changed)
+        found["deleted_found"] = _still_there(candidate, log.gone, segments)
+        sample = _sample(candidate, log.changed)
         found |= _searched(candidate, sample, segments, table, skipped)
     with observer.stage("replay"):
         found |= _replayed(candidate, skipped)
@@ -118,44 +120,62 @@ def _corrupt(candidate: Candidate) -> tuple[str, ...]:
     return tuple(bad)
 
 
-class _New:
-    """What this run's own parts say, read back once: vectors that are sound, and which products came and went."""
+class _Log:
+    """What the parts of the vector log say, read back once: how many rows live, whether vectors are sound, what came and went.
+
+    For a run only its own parts are read, and counted on top of the base; for a generation that exists, all of them.
+    """
 
     def __init__(self, candidate: Candidate) -> None:
+        own, base = candidate.new_parts, candidate.base
+        extends = own is not None and base is not None and base.parts == candidate.manifest.parts[: len(base.parts)] and bool(base.parts)
         self.changed: list[npt.NDArray[np.int64]] = []
         self.gone: list[str] = []
-        rows, non_finite, non_unit, gap = 0, [], [], 0.0
-        towers = {candidate.manifest.tower}
-        whole = candidate.base is None or candidate.base.parts != candidate.manifest.parts[: len(candidate.base.parts)]
-        for item in candidate.new_parts or ():
+        self._towers = {candidate.manifest.tower}
+        self._non_finite: list[str] = []
+        self._non_unit: list[str] = []
+        self._gap = 0.0
+        numbers, alive, added = [np.empty(0, np.int64)], [np.empty(0, bool)], 0
+        for item in candidate.manifest.parts if own is None else own:
             data = candidate.store.read_verified(item)
-            towers.add(metadata_of(data, where=item.key).get(FINGERPRINT, "none"))
+            self._towers.add(metadata_of(data, where=item.key).get(FINGERPRINT, "none"))
             part = decode(data, where=item.key)
-            actions = part.column(ACTION)
-            self.gone += part.filter(pc.equal(actions, DELETE)).column(ID).to_pylist()
-            rows -= pc.sum(pc.equal(actions, DELETE)).as_py() or 0
-            there = part.filter(pc.is_valid(part.column(VECTOR)))
-            rows += there.num_rows if whole else (pc.sum(pc.equal(actions, ADD)).as_py() or 0)
-            vectors = _matrix(there.column(VECTOR))
-            norms = np.linalg.norm(vectors, axis=1)
-            sound = np.isfinite(norms) & (norms > 0)
-            ids = there.column(ID)
-            non_finite += ids.filter(pa.array(~sound)).to_pylist()
-            gaps = np.abs(np.where(sound, norms, 1.0) - 1.0)
-            gap = max(gap, float(gaps.max(initial=0.0)))
-            non_unit += ids.filter(pa.array(gaps > 1e-3)).to_pylist()  # noqa: PLR2004  examples only; the gate has the limit
-            self.changed.append(vids(there.filter(pc.is_in(there.column(ACTION), pa.array([ADD, TEXT]))).column(ID_HASH).combine_chunks()))
-        if candidate.new_parts is None:
-            self.measured: dict[str, Any] = {}
-            return
-        before = 0 if whole or candidate.base is None else candidate.base.counts["live"]
-        self.measured = {
-            "parts_rows": before + rows if not whole else rows + len(self.gone),
-            "non_finite": tuple(non_finite),
-            "norm_gap": gap,
-            "non_unit": tuple(non_unit),
-            "fingerprints": tuple(sorted(towers)),
+            leaves = pc.equal(part.column(ACTION), DELETE)
+            numbers.append(vids(part.column(ID_HASH).combine_chunks()))
+            alive.append(~leaves.to_numpy())
+            added += pc.sum(pc.equal(part.column(ACTION), ADD)).as_py() or 0
+            self._look_at(part.filter(pc.is_valid(part.column(VECTOR))))
+            if own is not None:
+                self.gone += part.filter(leaves).column(ID).to_pylist()
+        if extends and base is not None:
+            rows = base.counts["live"] + added - len(self.gone)
+        else:
+            rows = _last_alive(np.concatenate(numbers), np.concatenate(alive))
+        self.measured: dict[str, Any] = {
+            "parts_rows": rows,
+            "non_finite": tuple(self._non_finite),
+            "norm_gap": self._gap,
+            "non_unit": tuple(self._non_unit),
+            "fingerprints": tuple(sorted(self._towers)),
         }
+
+    def _look_at(self, rows: pa.Table) -> None:
+        """Note vectors that are not sound, and which products have a new one."""
+        norms = np.linalg.norm(_matrix(rows.column(VECTOR)), axis=1)
+        sound = np.isfinite(norms) & (norms > 0)
+        gaps = np.abs(np.where(sound, norms, 1.0) - 1.0)
+        ids = rows.column(ID)
+        self._non_finite += ids.filter(pa.array(~sound)).to_pylist()
+        self._non_unit += ids.filter(pa.array(gaps > _EXAMPLE_GAP)).to_pylist()
+        self._gap = max(self._gap, float(gaps.max(initial=0.0)))
+        embedded = rows.filter(pc.is_in(rows.column(ACTION), pa.array([ADD, TEXT])))
+        self.changed.append(vids(embedded.column(ID_HASH).combine_chunks()))
+
+
+def _last_alive(numbers: npt.NDArray[np.int64], alive: npt.NDArray[np.bool_]) -> int:
+    """Return how many products live after all rows of a log: of each product the last row counts."""
+    _, last = np.unique(numbers[::-1], return_index=True)
+    return int(alive[::-1][last].sum())
 
 
 def _counted(candidate: Candidate, segments: SegmentSearcher) -> dict[str, Any]:

@@ -11,22 +11,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from encoder.registry import TowerCard, TowerOptions, read_card
-from pipelines.errors import CatalogEmbedError, CorruptObject, InputError, ManifestError, NotFound, StoreError
+from encoder.errors import TowerError
+from encoder.registry import CARD, TowerCard, TowerOptions, read_card
+from pipelines.errors import CorruptObject, InputError, ManifestError, NotFound, StoreError
 from pipelines.index.search import SegmentSearcher
 from pipelines.leases import pin_reader, release_reader, renew_reader
-from pipelines.manifest import Manifest, check_generation
+from pipelines.manifest import Manifest, ManifestObject, check_generation
 from pipelines.publish import current, open_manifest, read_manifest
-from pipelines.schema import ID, VID
+from pipelines.schema import ID
 from pipelines.storage import Store
 from pipelines.stores.lance import TableSearcher, as_lancedb
-from pipelines.towers import fetch
+from pipelines.towers import ROLE, fetch
 from pipelines.where import Filter, parse_where
 
 if TYPE_CHECKING:
@@ -51,23 +53,11 @@ class Opened:
         _check_objects(store, manifest, verify=verify)
         self._store, self._options, self._tower, self._cache = store, options, tower, cache
         if tower is not None:
-            _check_tower(tower, manifest)
+            _check_tower(tower, store, manifest)
         self.table = TableSearcher(store.uri(manifest.table.uri), manifest.table.version, options)
         self.segments = SegmentSearcher.open(store, manifest, cache=cache)
         self._encoder: Encoder | None = None
         self._lock = threading.Lock()
-
-    @property
-    def encoder(self) -> Encoder:
-        """The tower that made the generation's vectors, loaded when a text is first asked for."""
-        with self._lock:
-            if self._encoder is None:
-                from encoder.inference import Encoder  # noqa: PLC0415  seconds of imports that a vector query need not pay
-
-                tower = [item for item in self.manifest.attachments if item.role == "tower"]
-                directory = self._tower or fetch(self._store, tower, self._cache)
-                self._encoder = Encoder(directory, tower=_options_of(directory, self.manifest), fingerprint=self.manifest.tower)
-            return self._encoder
 
     def lancedb(self) -> Any:
         """Return the table as LanceDB knows it, at this generation's version."""
@@ -76,13 +66,24 @@ class Opened:
         return as_lancedb(self._store.uri(table.uri), version=table.version, options=self._options)
 
     def embed(self, query: Query) -> npt.NDArray[np.float32]:
-        """Return the vector of a query: a text through the query side of the tower, or a vector as it is."""
-        if isinstance(query, str):
-            if not query.strip():
-                raise InputError("the query is empty. Give at least one word.")
-            vector: npt.NDArray[np.float32] = self.encoder.encode([query], kind="query")[0]
-            return vector
-        return np.asarray(query, dtype=np.float32)
+        """Return the unit vector of a query: a text through the query side of the tower, or a vector of any length."""
+        if not isinstance(query, str):
+            return _unit(query)
+        if not query.strip():
+            raise InputError("the query is empty. Give at least one word.")
+        # An encoder serves one thread at a time; it uses all cores for it.
+        with self._lock:
+            if self._encoder is None:
+                self._encoder = self._load()
+            return _unit(self._encoder.encode([query], kind="query")[0])
+
+    def _load(self) -> Encoder:
+        """Open the tower that made the generation's vectors."""
+        from encoder.inference import Encoder  # noqa: PLC0415  seconds of imports that a vector query need not pay
+
+        directory = self._tower or fetch(self._store, _tower_files(self.manifest), self._cache)
+        options = _options(_card(self._store, self.manifest))
+        return Encoder(directory, tower=options, fingerprint=self.manifest.tower)
 
     def search(
         self,
@@ -94,29 +95,40 @@ class Opened:
         exact: bool = False,
         columns: Sequence[str] = (),
     ) -> pa.Table:
-        """Return the `k` nearest live products, best first: id, score (cosine), then `columns` of the table."""
+        """Return the `k` nearest live products, best first: id, score (cosine), then `columns` of the table.
+
+        `exact` compares every vector of the table instead of asking an index.
+        """
+        if engine not in get_args(Engine):
+            raise InputError(f"there is no engine `{engine}`. Use {' or '.join(get_args(Engine))}.")
+        shown = [name for name in dict.fromkeys(columns) if name != ID]
+        if unknown := [name for name in shown if name not in self.table.columns]:
+            raise InputError(
+                f"{self.manifest.generation} has no column {', '.join(map(repr, unknown))} to show. It has: {', '.join(self.table.columns)}."
+            )
         chosen = parse_where(where, self.table.columns) if isinstance(where, str) else where
+        if k < 1:
+            raise InputError(f"k is {k}; ask for at least one answer.")
         vector = self.embed(query)
         if engine == "lance" or exact:
-            found = self.table.nearest(vector, k, where=chosen, exact=exact, columns=columns)
-            return found.drop_columns([name for name in (VID,) if name not in columns])
-        if engine != "faiss":
-            raise InputError(f"there is no engine `{engine}`. Use faiss or lance.")
+            return self.table.nearest(vector, k, where=chosen, exact=exact, columns=shown).select([ID, SCORE, *shown])
         allowed = self.table.matching(chosen) if chosen is not None else None
         hits = self.segments.search(vector[None, :], k, allowed=allowed)
-        answers = pa.table({ID: pa.array(hits.ids[0], pa.string()), SCORE: pa.array(hits.scores[0][: len(hits.ids[0])].astype(np.float64))})
-        if not columns:
-            return answers
-        rows = self.table.rows(hits.ids[0], [ID, *(name for name in columns if name != ID)])
-        place = pa.compute.index_in(answers.column(ID), rows.column(ID).combine_chunks())
-        for name in columns:
-            if name != ID:
-                answers = answers.append_column(name, rows.column(name).take(place))
+        ids = pa.array(hits.ids[0], pa.string())
+        answers = pa.table({ID: ids, SCORE: pa.array(hits.scores[0][: len(ids)].astype(np.float64))})
+        if shown:
+            rows = self.table.rows(hits.ids[0], [ID, *shown])
+            place = pc.index_in(ids, rows.column(ID).combine_chunks())
+            for name in shown:
+                answers = answers.append_column(rows.schema.field(name), rows.column(name).take(place))
         return answers
 
 
 class Reader:
-    """Follows an alias. Ask it from any thread; close it, or use it as a context manager."""
+    """Follows an alias. Ask it from any thread; close it, or use it as a context manager.
+
+    `reload_error` is why it does not follow the alias at the moment; queries go on with what is open.
+    """
 
     def __init__(
         self,
@@ -131,9 +143,8 @@ class Reader:
         self._store, self._alias, self._opening = store, alias, opening
         self._fixed, self._lease, self._pin = generation, lease, ""
         self._stop, self._moving = threading.Event(), threading.Lock()
-        self.reload_error: CatalogEmbedError | None = None
+        self.reload_error: Exception | None = None
         self._opened = self._open(self._wanted())
-        self._hold()
         beat = min(filter(None, (reload_s if generation is None else None, lease.total_seconds() / 3 if lease else None)), default=None)
         self._thread = threading.Thread(target=self._follow, args=(beat,), name=f"reader-{alias}", daemon=True) if beat else None
         if self._thread is not None:
@@ -165,10 +176,8 @@ class Reader:
             manifest = self._wanted()
             if manifest.generation == self.generation:
                 return False
-            fresh = self._open(manifest)
             # One assignment: a query sees the old generation or the new one, whole.
-            self._opened = fresh
-            self._hold()
+            self._opened = self._open(manifest)
             return True
 
     def close(self) -> None:
@@ -177,6 +186,7 @@ class Reader:
         if self._thread is not None:
             self._thread.join()
         self._let_go(self._pin)
+        self._pin = ""
 
     def _wanted(self) -> Manifest:
         if self._fixed is not None:
@@ -187,14 +197,23 @@ class Reader:
         return open_manifest(self._store, entry)
 
     def _open(self, manifest: Manifest) -> Opened:
-        return Opened(self._store, manifest, **self._opening)
+        """Open a generation, leased first, so that `gc` does not take it while it opens; then let the one before go."""
+        pin = self._lease_of(manifest.generation)
+        try:
+            if pin:  # a collection that came before the lease has taken the manifest first
+                read_manifest(self._store, manifest.generation)
+            opened = Opened(self._store, manifest, **self._opening)
+        except BaseException:
+            self._let_go(pin)
+            raise
+        before, self._pin = self._pin, pin
+        self._let_go(before)
+        return opened
 
-    def _hold(self) -> None:
-        """Lease the generation, so that `gc` keeps it, and let the one before go."""
-        if self._lease is not None:
-            before = self._pin
-            self._pin = pin_reader(self._store, self.generation, ttl=self._lease, name=f"reader-{self._alias}", clock=_now)
-            self._let_go(before)
+    def _lease_of(self, generation: str) -> str:
+        if self._lease is None:
+            return ""
+        return pin_reader(self._store, generation, ttl=self._lease, name=f"reader-{self._alias}", clock=_now)
 
     def _let_go(self, pin: str) -> None:
         # A lease that cannot be removed ends by itself.
@@ -202,16 +221,24 @@ class Reader:
             if pin:
                 release_reader(self._store, pin)
 
+    def _renew(self) -> None:
+        """Keep the lease; one that ended while this process slept is taken again."""
+        if self._lease is None:
+            return
+        try:
+            renew_reader(self._store, self._pin, ttl=self._lease, clock=_now)
+        except NotFound:
+            self._pin = self._lease_of(self.generation)
+
     def _follow(self, every_s: float) -> None:
         while not self._stop.wait(every_s):
-            try:
-                if self._lease is not None:
-                    renew_reader(self._store, self._pin, ttl=self._lease, clock=_now)
-                self.refresh()
-                self.reload_error = None
-            except CatalogEmbedError as error:
-                # Queries go on with what is open; whoever watches the reader sees why it does not move.
-                self.reload_error = error
+            failure: Exception | None = None
+            for step in (self._renew, self.refresh):
+                try:
+                    step()
+                except Exception as error:  # noqa: BLE001  a thread that ends would never follow again, and say nothing
+                    failure = error
+            self.reload_error = failure
 
 
 def open_generation(
@@ -247,22 +274,51 @@ def _check_objects(store: Store, manifest: Manifest, *, verify: Verify) -> None:
             store.verify(item)
 
 
-def _check_tower(directory: Path, manifest: Manifest) -> TowerCard:
+def _tower_files(manifest: Manifest) -> list[ManifestObject]:
+    return [item for item in manifest.attachments if item.role == ROLE]
+
+
+def _card(store: Store, manifest: Manifest) -> TowerCard:
+    """Read the card of the tower that made a generation's vectors."""
+    found = [item for item in _tower_files(manifest) if item.key.rpartition("/")[2] == CARD]
+    if not found:
+        raise ManifestError(
+            f"{manifest.generation} does not keep its tower, so it cannot embed a text. Ask with a vector, or build it again."
+        )
+    return TowerCard.from_json(store.read_verified(found[0]))
+
+
+def _options(card: TowerCard) -> TowerOptions:
+    """Return what the project asked of the tower when the vectors were made."""
+    return TowerOptions(template_digest=card.template_digest, dims=card.dims, max_tokens=card.max_tokens, dtype=card.dtype)
+
+
+def _check_tower(directory: Path, store: Store, manifest: Manifest) -> None:
     """Refuse a query tower that did not make the generation's vectors."""
-    card = read_card(directory, TowerOptions(template_digest=manifest.template_digest))
-    if card.fingerprint != manifest.tower:
-        card = read_card(directory, _options_of(directory, manifest))
-    if card.fingerprint != manifest.tower:
+    try:
+        found = read_card(directory, _options(_card(store, manifest))).fingerprint
+    except TowerError as error:
+        raise InputError(f"{directory} cannot be the query tower of {manifest.generation}: {error}") from error
+    if found != manifest.tower:
         raise InputError(
-            f"the tower in {directory} has the fingerprint {card.fingerprint[:12]}, but {manifest.generation} was made with {manifest.tower[:12]}. "
+            f"the tower in {directory} has the fingerprint {found[:12]}, but {manifest.generation} was made with {manifest.tower[:12]}. "
             "Their vectors cannot be compared: open the generation without `tower`, which loads its own."
         )
-    return card
 
 
-def _options_of(directory: Path, manifest: Manifest) -> TowerOptions:
-    """Return the options of an exported tower, which its card keeps, or of a plain one under this template."""
-    return TowerOptions() if (directory / "card.json").exists() else TowerOptions(template_digest=manifest.template_digest)
+def _unit(query: Any) -> npt.NDArray[np.float32]:
+    """Return a vector of length one, or say what is wrong with it."""
+    try:
+        vector = np.asarray(query, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the query is neither a text nor a list of numbers: {str(error)[:200]}.") from error
+    length = float(np.linalg.norm(vector.astype(np.float64)))
+    if vector.ndim != 1 or not np.isfinite(length) or length == 0.0:
+        raise InputError(
+            f"the query vector has the shape {vector.shape} and the length {length}. Give one list of finite numbers that are not all zero."
+        )
+    unit: npt.NDArray[np.float32] = (vector / length).astype(np.float32)
+    return unit
 
 
 def _now() -> datetime:

@@ -53,9 +53,25 @@ FILTER_TYPES: Mapping[str, pa.DataType] = {
     "timestamp": TIMESTAMP,
 }
 
-RESERVED = frozenset(
-    {ID, LOCALE, ATTRIBUTES, UPDATED_AT, DELETED, ID_HASH, TEXT_HASH, ATTR_HASH, STATE, TEXT_BYTES, ACTION, VECTOR, VID, SHARD, ROW}
-)
+# What a search puts beside the columns of the table: the table engine's names, and ours.
+FOUND = frozenset({"score", "_distance", "_score", "_rowid", "_rowaddr"})
+RESERVED = FOUND | {
+    ID,
+    LOCALE,
+    ATTRIBUTES,
+    UPDATED_AT,
+    DELETED,
+    ID_HASH,
+    TEXT_HASH,
+    ATTR_HASH,
+    STATE,
+    TEXT_BYTES,
+    ACTION,
+    VECTOR,
+    VID,
+    SHARD,
+    ROW,
+}
 
 
 # What a row asks for: keep the product, remove it, or neither can be trusted.

@@ -68,6 +68,8 @@ class RunFacts:
     orphan_bytes: int | None = None
     lease_conflicts: int = 0
     alias_seq: int | None = None
+    in_step: datetime | None = None
+    held: str | None = None
     error: str | None = None
     actor_s: float = 0.0
     cost: float | None = None
@@ -78,6 +80,7 @@ class RunFacts:
             if getattr(self, name).tzinfo is None:
                 raise ManifestError(f"run {self.run_id}: {name} {getattr(self, name)} has no time zone. Pass an aware clock.")
             object.__setattr__(self, name, getattr(self, name).astimezone(UTC))
+        object.__setattr__(self, "in_step", self.in_step and self.in_step.astimezone(UTC))
         # Plain copies: counts come as NumPy numbers too, which JSON does not take.
         for name in ("planned", "actual", "quarantined", "retries"):
             object.__setattr__(self, name, {str(key): int(value) for key, value in getattr(self, name).items()})
@@ -98,6 +101,7 @@ class RunFacts:
     def to_json(self) -> bytes:
         """Return the canonical bytes of `runs/<run>/state.json`."""
         times = {"started_at": self.started_at.isoformat(), "ended_at": self.ended_at.isoformat()}
+        times |= {"in_step": self.in_step.isoformat()} if self.in_step else {}
         return canonical({"format_version": FORMAT_VERSION, **asdict(self), **times})
 
     @classmethod
@@ -252,10 +256,12 @@ def _bill(facts: RunFacts) -> Iterator[str]:
 def _next(facts: RunFacts) -> Iterator[str]:
     if facts.error:
         yield f"  ERROR     {facts.error}"
+    if facts.held:
+        yield f"  HELD      {facts.alias} is {facts.held}, so this generation waits"
     made = facts.generation or "<generation>"
     advice: Mapping[Outcome, str] = {
         "published": "readers see it now; `catalog-embed rollback` returns to the previous one",
-        "built": f"not published: `catalog-embed publish {made}`",
+        "built": f"not published: `catalog-embed publish {made}{' --release-hold' if facts.held else ''}`",
         "nothing": "nothing to do: the index is in step with the catalog",
         "gates_failed": f"not published, the candidate is kept: `catalog-embed validate {made}`",
         "guarded": "nothing was written: `catalog-embed plan --explain` shows what tripped",
@@ -263,6 +269,8 @@ def _next(facts: RunFacts) -> Iterator[str]:
         "failed": "nothing was published: mend the cause and start the same command again, finished parts are kept",
         "prepared": "vectors are kept and nothing was published: the next `catalog-embed run` uses them",
     }
+    if facts.command == "backfill":
+        advice = {**advice, "nothing": "nothing to do: the index has what was asked for, as the catalog has it"}
     seq = f" as entry {facts.alias_seq} of {facts.alias}" if facts.outcome == "published" and facts.alias_seq is not None else ""
     yield f"  next      {advice[facts.outcome].replace('it now', f'it now{seq}', 1)} (exit {facts.exit_code})"
 
@@ -326,6 +334,8 @@ _PARSERS: Mapping[str, Parser[Any]] = {
     "orphan_bytes": optional(count),
     "lease_conflicts": count,
     "alias_seq": optional(count),
+    "in_step": optional(moment),
+    "held": optional(text),
     "error": optional(text),
     "actor_s": _number,
     "cost": optional(_number),

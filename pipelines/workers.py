@@ -81,6 +81,8 @@ def _own_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, CatalogEmbedError) and not isinstance(error, ray.exceptions.RayError):
+            raise  # brought back already; its context is Ray's own copy, whose message is a traceback
         cause: BaseException | None = error
         while cause is not None:
             inner = getattr(cause, "cause", None)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from jobs.settings import SECTIONS
+from pipelines.gates import GATES
 from pipelines.normalize.reasons import REASONS
 from pipelines.report import LATE_REASONS
 
@@ -77,6 +78,12 @@ def test_operations_lists_every_reason_as_the_code_has_it() -> None:
     assert shown.count("\n| `") == len(REASONS) + len(LATE_REASONS)
 
 
+def test_operations_lists_every_gate_as_the_code_has_it() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    shown = page.split("<!-- gates -->")[1].split("<!-- /gates -->")[0]
+    assert shown.strip().splitlines()[2:] == [f"| `{name}` | {meaning} | {advice} |" for name, (meaning, advice) in GATES.items()]
+
+
 def test_files_that_the_docs_name_exist() -> None:
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for name in re.findall(r"(?<![\w/-])((?:docs|tests|pipelines|jobs|encoder|infra)/[\w./-]+\.(?:py|md))", page.read_text()):
@@ -90,7 +97,7 @@ def test_settings_that_the_docs_name_exist() -> None:
 
     known = {f"{section}: {item.name}" for section, owners in SECTIONS.items() for owner in owners for item in fields(owner)}
     for page in ("operations.md", "architecture.md"):
-        for name in re.findall(r"`((?:source|document|store|plan|gates|publish|ray): \w+)", (ROOT / "docs" / page).read_text()):
+        for name in re.findall(r"`((?:source|document|store|plan|gates|publish|ray|tower|embed|index|refresh): \w+)", (ROOT / "docs" / page).read_text()):
             assert name in known, f"{page}: {name}"
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 RUN = "run"
 
@@ -24,6 +28,8 @@ class Group(click.Group):
         rest = args[place:]
         if any(item in ("-h", "--help", "--version") for item in args[:place] + rest[:1]):
             return args
+        if ctx.resilient_parsing and not rest:  # a shell that completes the first word: it may become any command
+            return args
         if rest and not rest[0].startswith("-"):
             return args
         run = self.commands[RUN]
@@ -39,6 +45,11 @@ class Group(click.Group):
         if found.startswith("-") and owners:
             raise click.UsageError(f"`{option}` belongs behind a subcommand: `catalog-embed {owners[0]} {option} ...`.", ctx=ctx)
         return [*args[:place], RUN, *rest]
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete commands, and options of the group and of `run`, which stand in the same place."""
+        run = self.commands[RUN]
+        return [*super().shell_complete(ctx, incomplete), *run.shell_complete(click.Context(run, parent=ctx), incomplete)]
 
 
 def _skip(command: click.Command, args: Sequence[str]) -> int:
@@ -110,6 +121,10 @@ def cli(ctx: click.Context, config: Path | None, target: str | None, verbose: in
 
     Every option can be set in the environment: CATALOG_EMBED_PLAN_SINCE for `plan --since`, and
     CATALOG_EMBED_SOURCE__PATH for `source: path` of the configuration. The command line wins.
+
+    \b
+    Completion of commands and options (bash; zsh_source and fish_source do the same there):
+      eval "$(_CATALOG_EMBED_COMPLETE=bash_source catalog-embed)"
     """
     from jobs import logs
 
@@ -130,6 +145,52 @@ def settings_of(obj: dict[str, Any], **overrides: Any) -> Any:
     return load(config_path(obj), target=obj["target"], overrides={name.replace("__", "."): value for name, value in overrides.items()})
 
 
+class GenerationId(click.ParamType[str]):
+    """The id of a generation, checked before anything is opened: it becomes part of a path."""
+
+    name = "generation"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the id as it is."""
+        if not _GENERATION.fullmatch(str(value)):
+            self.fail(f"{str(value)[:40]!r} is no generation id, such as g000042. `catalog-embed generations` lists them.", param, ctx)
+        return str(value)
+
+
+GENERATION = GenerationId()
+_GENERATION = re.compile("g[0-9]{6,15}")
+
+
+def asked(*, yes: bool) -> bool:
+    """Return whether a person sits at a terminal who wants to be asked before something goes; a scheduler is not."""
+    return not yes and sys.stdin.isatty()
+
+
+def confirm(question: str) -> None:
+    """Ask. A no ends the command."""
+    if not click.confirm(question, err=True):
+        click.echo("nothing was done", err=True)
+        sys.exit(1)
+
+
+def say(data: Any, text: str, output: str) -> None:
+    """Print one thing as text, as JSON, or as a line of JSON; of a list, every item has a line of its own."""
+    if output == "text":
+        click.echo(text, nl=False)
+    elif output == "jsonl" and isinstance(data, list):
+        click.echo("".join(f"{_json(item)}\n" for item in data), nl=False)
+    else:
+        click.echo(_json(data, indent=2 if output == "json" else None))
+
+
+def _json(data: Any, *, indent: int | None = None) -> str:
+    return json.dumps(data, indent=indent, sort_keys=True, ensure_ascii=True, default=_plain)
+
+
+def _plain(value: Any) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
 def moment(text: str | None, *, option: str = "--now") -> datetime | None:
     """Read a time with its zone."""
     if text is None:
@@ -146,7 +207,11 @@ def moment(text: str | None, *, option: str = "--now") -> datetime | None:
 def output_option(*forms: str) -> Callable[[Any], Any]:
     """Make the option that chooses between text for people and JSON for programs."""
     return click.option(
-        "--output", type=click.Choice(list(forms)), default="text", show_default=True, help="text for people, json for programs."
+        "--output",
+        type=click.Choice(list(forms)),
+        default="text",
+        show_default=True,
+        help=f"text for people, json for programs{', jsonl for one line each' if 'jsonl' in forms else ''}.",
     )
 
 
@@ -169,6 +234,10 @@ deletes_option = click.option(
     default=None,
     help="How vanished products are found. auto: absence in a whole read, a scan of all ids beside a narrow one. Default: the configuration's.",
 )
+break_lease_option = click.option(
+    "--break-lease", is_flag=True, help="End the lease of the run that holds it, which can then not publish. For a run that is dead."
+)
+yes_option = click.option("--yes", is_flag=True, help="Do not ask at a terminal.")
 progress_option = click.option(
     "--progress",
     type=click.Choice(["auto", "rich", "plain", "json", "none"]),

@@ -7,21 +7,26 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from jobs.cli.group import (
     Command,
+    asked,
+    break_lease_option,
     cli,
+    confirm,
     deletes_option,
     moment,
     now_option,
     output_option,
     progress_option,
     ray_option,
+    say,
     settings_of,
     since_option,
+    yes_option,
 )
 
 CHANGES_PRESENT = 3
@@ -33,6 +38,8 @@ CHANGES_PRESENT = 3
 @click.option("--dry-run", is_flag=True, help="Only plan: show what would be done and write nothing.")
 @click.option("--no-publish", is_flag=True, help="Build and judge the generation, and leave publishing to `publish`.")
 @click.option("--reason", default="", metavar="TEXT", help="A note that the publish log keeps.")
+@break_lease_option
+@yes_option
 @progress_option
 @output_option("text", "json", "jsonl")
 @ray_option
@@ -46,6 +53,8 @@ def run(
     dry_run: bool,
     no_publish: bool,
     reason: str,
+    break_lease: bool,
+    yes: bool,
     progress: Any,
     output: str,
     ray_address: str | None,
@@ -54,20 +63,20 @@ def run(
     """Bring the index in step with the catalog: plan, embed, index, validate, publish. The default command.
 
     Only what changed is paid for: a night without changes does no forward pass and publishes nothing. Killed, it leaves
-    what is published untouched, and the same command goes on from the finished parts.
+    what is published untouched, and the same command goes on from the finished parts. While `rollback --hold` holds the
+    alias, a run builds and says so, and publishes nothing.
 
-    Exit codes: 0 published, or nothing to do; 10 a gate failed and the candidate is kept; 11 another run holds the lease;
+    Exit codes: 0 published, or nothing to do, or built and held; 10 a gate failed and the candidate is kept; 11 another run holds the lease;
     12 a guard of the source tripped; 13 too many rows quarantined; 14 interrupted.
     """
-    from jobs.nightly import Night, planned, run_night
-    from pipelines.report import plan_text
+    from jobs.nightly import Night, run_night
 
     settings = settings_of(obj, ray__address=ray_address)
     night = Night(since=since, deletes=deletes, now=moment(now), verbose=obj["verbose"] > 0, publish=not no_publish, reason=reason)
     if dry_run:
-        with planned(settings, night) as found:
-            _say(found.result.plan.to_json(), plan_text(found.result.plan), output)
-            sys.exit(found.result.plan.exit_code)
+        _only_plan(settings, night, output)
+    if break_lease:
+        _break_lease(settings, yes=yes)
     with _watched(obj, progress) as listeners:
         record = run_night(settings, _with(night, listeners))
     _end(record, output)
@@ -93,13 +102,7 @@ def run(
     metavar="DIR",
     help="Save the plan here: plan.json, changes.parquet, quarantine.parquet. The folder must be new or empty.",
 )
-@click.option(
-    "--output",
-    type=click.Choice(["text", "json", "jsonl"]),
-    default="text",
-    show_default=True,
-    help="text for people, json for programs, jsonl for one line a run.",
-)
+@output_option("text", "json", "jsonl")
 @click.option("--detailed-exitcode", is_flag=True, help="Exit 3 when the plan would change something, 0 only when there is nothing to do.")
 @ray_option
 @now_option
@@ -138,12 +141,9 @@ def plan(
         if out is not None:
             save(result, out)
         samples = found.samples(sample) if sample else {}
-        if output == "text":
-            click.echo(plan_text(result.plan, explain=explain, samples=samples), nl=False)
-        else:
-            listed = {action: [{"id": name, "text": text} for name, text in items] for action, items in samples.items()}
-            data = result.plan.to_json() | ({"samples": listed} if sample else {})
-            click.echo(json.dumps(data, indent=2 if output == "json" else None, sort_keys=True, ensure_ascii=True))
+        listed = {action: [{"id": name, "text": text} for name, text in items] for action, items in samples.items()}
+        data = result.plan.to_json() | ({"samples": listed} if sample else {})
+        say(data, plan_text(result.plan, explain=explain, samples=samples), output)
         code = result.plan.exit_code
         changed = result.plan.actions.changed
     sys.exit(code or (CHANGES_PRESENT if detailed_exitcode and changed else 0))
@@ -152,11 +152,23 @@ def plan(
 @cli.command(cls=Command)
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--no-publish", is_flag=True, help="Build and judge the generation, and leave publishing to `publish`.")
+@break_lease_option
+@yes_option
 @progress_option
 @output_option("text", "json", "jsonl")
 @ray_option
 @click.pass_obj
-def apply(obj: dict[str, Any], directory: Path, *, no_publish: bool, progress: Any, output: str, ray_address: str | None) -> None:
+def apply(
+    obj: dict[str, Any],
+    directory: Path,
+    *,
+    no_publish: bool,
+    break_lease: bool,
+    yes: bool,
+    progress: Any,
+    output: str,
+    ray_address: str | None,
+) -> None:
     """Carry out the plan that `plan --out DIRECTORY` saved.
 
     Refused when the catalog or the published generation has moved since the plan was made: plan again then.
@@ -165,10 +177,11 @@ def apply(obj: dict[str, Any], directory: Path, *, no_publish: bool, progress: A
     from jobs.nightly import Night
 
     settings = settings_of(obj, ray__address=ray_address)
+    night = Night(verbose=obj["verbose"] > 0, publish=not no_publish, command="apply")
+    if break_lease:
+        _break_lease(settings, yes=yes)
     with _watched(obj, progress) as listeners:
-        record = apply_plan(
-            settings, _with(Night(verbose=obj["verbose"] > 0, publish=not no_publish, command="apply"), listeners), directory
-        )
+        record = apply_plan(settings, _with(night, listeners), directory)
     _end(record, output)
 
 
@@ -180,12 +193,12 @@ def apply(obj: dict[str, Any], directory: Path, *, no_publish: bool, progress: A
 @click.option(
     "--from", "since", default=None, metavar="WHEN", help="Products updated at or after this: a date, ISO-8601, or a span such as 7d."
 )
-@click.option("--to", "until", default=None, metavar="ISO", help="Products updated before this, with zone.")
+@click.option("--to", "until", default=None, metavar="WHEN", help="Products updated before this, in the same words. Default: now.")
 @click.option(
     "--reason",
     type=click.Choice(["missing", "failed", "all"]),
     default=None,
-    help="missing: in the catalog and not in the index. failed: quarantined by the live generation's run. all: everything, again.",
+    help="missing: in the catalog and not in the index. failed: those of them that a run has quarantined. all: everything, again.",
 )
 @click.option(
     "--tower",
@@ -195,6 +208,9 @@ def apply(obj: dict[str, Any], directory: Path, *, no_publish: bool, progress: A
     help="Embed the whole catalog with another tower, beside the live index.",
 )
 @click.option("--publish", "publish_it", is_flag=True, help="Publish the result at once. Without it, `publish` does.")
+@click.option("--dry-run", is_flag=True, help="Only plan: show what would be made again and write nothing.")
+@break_lease_option
+@yes_option
 @progress_option
 @output_option("text", "json", "jsonl")
 @ray_option
@@ -210,6 +226,9 @@ def backfill(
     tower: Path | None,
     *,
     publish_it: bool,
+    dry_run: bool,
+    break_lease: bool,
+    yes: bool,
     progress: Any,
     output: str,
     ray_address: str | None,
@@ -220,24 +239,43 @@ def backfill(
     Nothing is deleted, and the watermark stays: the next run reads what it would have read. With --tower the new space
     grows beside the live one, and only `publish` switches; started again, it embeds what has changed since.
     """
-    from jobs.backfill import Choice, selection
+    from jobs.backfill import Choice, chosen
     from jobs.nightly import Night, run_night
 
     settings = settings_of(obj, ray__address=ray_address)
-    chosen = Choice(where=where, ids=_ids(ids), since=since, until=moment(until, option="--to"), reason=reason, tower=tower)
-    night = Night(
-        since=since or "beginning",
-        until=chosen.until,
-        now=moment(now),
-        verbose=obj["verbose"] > 0,
-        publish=publish_it,
-        command="backfill",
-        tower=tower,
-        selection=selection(settings, chosen),
-    )
+    choice = Choice(where=where, ids=_ids(ids), since=since, until=until, reason=reason, tower=tower)
+    plain = Night(now=moment(now), verbose=obj["verbose"] > 0, publish=publish_it, command="backfill")
+    night = chosen(settings, choice, plain)
+    if dry_run:
+        _only_plan(settings, night, output)
+    if break_lease:
+        _break_lease(settings, yes=yes, tower=tower)
     with _watched(obj, progress) as listeners:
         record = run_night(settings, _with(night, listeners))
+    if choice.ids and record.ran is not None and (absent := len(set(choice.ids)) - record.ran.plan.actions.changed) > 0:
+        click.echo(f"{absent:,} of the {len(set(choice.ids)):,} ids have no live row in the catalog", err=True)
     _end(record, output)
+
+
+def _only_plan(settings: Any, night: Any, output: str) -> NoReturn:
+    """Show what a night would do."""
+    from jobs.nightly import planned
+    from pipelines.report import plan_text
+
+    with planned(settings, night) as found:
+        plan = found.result.plan
+        say(plan.to_json(), plan_text(plan), output)
+        sys.exit(plan.exit_code)
+
+
+def _break_lease(settings: Any, *, yes: bool, tower: Path | None = None) -> None:
+    """End a lease that another run holds."""
+    from jobs.releasing import end_lease
+
+    if asked(yes=yes):
+        confirm("End the lease? A run that still holds it can then not publish.")
+    entry = end_lease(settings, tower=tower)
+    click.echo(f"ended the lease of run {entry.run_id} ({entry.holder})" if entry else "no run held the lease", err=True)
 
 
 def _ids(given: str | None) -> tuple[str, ...]:
@@ -274,14 +312,6 @@ def _with(night: Any, listeners: list[Any]) -> Any:
     return replace(night, listeners=tuple(listeners))
 
 
-def _say(data: Any, text: str, output: str) -> None:
-    """Print one thing as text, as JSON, or as a line of JSON."""
-    if output == "text":
-        click.echo(text, nl=False)
-    else:
-        click.echo(json.dumps(data, indent=2 if output == "json" else None, sort_keys=True, ensure_ascii=True))
-
-
 def _end(record: Any, output: str) -> None:
     """Print what a run came to, and exit as it did."""
     from pipelines.gates import failed, gates_text
@@ -294,5 +324,5 @@ def _end(record: Any, output: str) -> None:
         text = plan_text(ran.plan) + text
     if ran is not None and failed(ran.gates):
         text += gates_text(failed(ran.gates))
-    _say(json.loads(record.facts.to_json()), text, output)
+    say(json.loads(record.facts.to_json()), text, output)
     sys.exit(record.facts.exit_code)

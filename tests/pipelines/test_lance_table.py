@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.errors import CorruptObject, NotFound, StoreError
+from pipelines.errors import CorruptObject, InputError, NotFound, StoreError
 from pipelines.hashes import id_hashes
 from pipelines.schema import ID, ID_HASH, TEXT_HASH, VECTOR, VID
 from pipelines.storage import Store
@@ -27,6 +27,7 @@ from pipelines.stores.lance import (
     commit_build,
     counts,
     index_state,
+    indexes,
     opening,
     pin,
     read_published,
@@ -65,8 +66,8 @@ def content(place: Place, version: int, spec: TableSpec = SPEC) -> list[dict[str
 
 
 def changed(place: Place, spec: TableSpec = SPEC, *, live: int, **changes: pa.Table) -> int:
-    lists = {name: [changes[name]] if name in changes else [] for name in ("upserts", "attrs", "deletes")}
-    return apply(place.uri, **lists, spec=spec, options=place.options, expect_live=live)
+    upserts, attrs, deletes = ([changes[name]] if name in changes else [] for name in ("upserts", "attrs", "deletes"))
+    return apply(place.uri, upserts=upserts, attrs=attrs, deletes=deletes, spec=spec, options=place.options, expect_live=live)
 
 
 def pinned(place: Place, version: int, tag: str = "g000001", previous: Any = None) -> Any:
@@ -339,6 +340,30 @@ def test_every_kind_of_vector_index_is_extended_and_folded(disk: Place, kind: st
         pieces.append(state.deltas[f"{VECTOR}_idx"])
         assert state.unindexed[f"{VECTOR}_idx"] == 0
     assert pieces == [2, 1, 2]
+
+
+def test_a_vector_index_that_the_table_has_outgrown_is_built_anew(disk: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(disk.uri, [many([f"p{number}" for number in range(600)], SPEC)], SPEC, {})
+    refresh_indexes(disk.uri, SPEC, {})
+    changed(disk, live=601, upserts=many(["q"], SPEC))
+    assert refresh_indexes(disk.uri, SPEC, {}).deltas[f"{VECTOR}_idx"] == 2
+    monkeypatch.setattr(indexes, "_PARTITION_ROWS", 100)
+    state = refresh_indexes(disk.uri, SPEC, {})
+    assert (state.built, state.deltas[f"{VECTOR}_idx"]) == ((f"{VECTOR}_idx",), 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"vector_index": "IVF_SG"}, "unknown vector index `IVF_SG`"),
+        ({"scalar": ("colour",)}, "`colour` cannot be indexed"),
+        ({"text": ("price",)}, "`price` cannot have a full-text index"),
+        ({"fold_after": 0}, "fold_after must be 1 or more"),
+    ],
+)
+def test_a_spec_that_no_table_can_have_is_refused(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        spec_of(**how)
 
 
 def test_an_emptied_table_can_be_filled_again(disk: Place) -> None:

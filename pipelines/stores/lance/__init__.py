@@ -6,7 +6,7 @@ from pipelines.stores.lance.neighbours import as_lancedb
 from pipelines.stores.lance.pinning import move_tag, pin, untag
 from pipelines.stores.lance.reading import counts, read_published, read_rows, sizes, take, vectors_of
 from pipelines.stores.lance.searching import TableSearcher
-from pipelines.stores.lance.sweeping import SweepResult, sweep
+from pipelines.stores.lance.sweeping import SweepResult, stray_tags, sweep
 from pipelines.stores.lance.table import TableSpec, apply, build, commit_build, restore, write_fragments
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "restore",
     "rows_digest",
     "sizes",
+    "stray_tags",
     "sweep",
     "take",
     "untag",

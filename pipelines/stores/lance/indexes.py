@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from pipelines.errors import StoreError
 from pipelines.schema import ID, ID_HASH, TEXT_HASH, VECTOR, VID
-from pipelines.stores.lance.opening import committed, explained, open_table
+from pipelines.stores.lance.opening import Line, explained, open_table
 from pipelines.stores.lance.table import TableSpec
 
 VECTOR_INDEX = f"{VECTOR}_idx"
@@ -19,7 +19,6 @@ TEXT_SUFFIX = "_fts"
 # How products are looked up: by name, by hash (merges), by FAISS number, and by text (vectors that need no embedding).
 _LOOKUPS = (ID, ID_HASH, VID, TEXT_HASH)
 _AUTO = "IVF_SQ"
-_FLAT = ("none", "")
 # A bitmap holds one set of rows for each value: small and fast for few values, wasteful for many.
 _BITMAP_VALUES = 1000
 _SAMPLED_ROWS = 100_000
@@ -40,15 +39,18 @@ class IndexState:
     folded: tuple[str, ...]
 
 
-def refresh_indexes(uri: str, spec: TableSpec, options: Mapping[str, str]) -> IndexState:
+def refresh_indexes(uri: str, spec: TableSpec, options: Mapping[str, str], *, at: int | None = None) -> IndexState:
     """Create what is missing, extend or fold what is behind, and return the state; every row is then in every index.
 
-    A table below `flat_below` rows has no vector index and none in the state: its search is an exact scan.
+    A table below `flat_below` rows has no vector index and none in the state: its search is an exact scan. With `at`,
+    the work starts from that version, and nobody else's commit may come between.
     """
+    line = Line(uri, options, version=at)
+    line.check()
     with explained("index", uri):
-        built = _create_missing(uri, spec, options)
-        folded = _catch_up(uri, spec, options)
-    state = index_state(uri, options=options, built=built, folded=folded)
+        built = _create_missing(line, spec)
+        folded = _catch_up(line, spec)
+    state = index_state(uri, options=options, version=line.version, built=built, folded=folded)
     behind = {name: rows for name, rows in state.unindexed.items() if rows}
     if behind:
         raise StoreError(f"indexes of table {uri} miss rows after a refresh: {behind}. Run again; nothing was published.")
@@ -71,8 +73,8 @@ def index_state(
         )
 
 
-def _create_missing(uri: str, spec: TableSpec, options: Mapping[str, str]) -> tuple[str, ...]:
-    dataset = open_table(uri, options=options)
+def _create_missing(line: Line, spec: TableSpec) -> tuple[str, ...]:
+    dataset = open_table(line.uri, options=line.options)
     rows = dataset.count_rows()
     if not rows:
         return ()
@@ -80,21 +82,21 @@ def _create_missing(uri: str, spec: TableSpec, options: Mapping[str, str]) -> tu
     built = []
     for column in dict.fromkeys((*_LOOKUPS, *spec.scalar)):
         if (name := f"{column}_idx") not in there:
-            _create_scalar(uri, options, column=column, name=name, kind=_scalar_kind(dataset, column))
+            _create_scalar(line, column=column, name=name, kind=_scalar_kind(dataset, column))
             built.append(name)
     for column in spec.text:
         if (name := f"{column}{TEXT_SUFFIX}") not in there:
-            _create_scalar(uri, options, column=column, name=name, kind="INVERTED", **_FTS)
+            _create_scalar(line, column=column, name=name, kind="INVERTED", **_FTS)
             built.append(name)
     kind = _vector_kind(spec, rows)
     if kind and (VECTOR_INDEX not in there or _outgrown(dataset, rows)):
-        committed(uri, options=options, work=lambda latest: _create_vector(latest, kind, spec))
+        line.commit(lambda latest: _create_vector(latest, kind, spec))
         built.append(VECTOR_INDEX)
     return tuple(built)
 
 
-def _create_scalar(uri: str, options: Mapping[str, str], *, column: str, name: str, kind: str, **how: Any) -> None:
-    committed(uri, options=options, work=lambda latest: latest.create_scalar_index(column, kind, name=name, replace=True, **how))
+def _create_scalar(line: Line, *, column: str, name: str, kind: str, **how: Any) -> None:
+    line.commit(lambda latest: latest.create_scalar_index(column, kind, name=name, replace=True, **how))
 
 
 def _create_vector(dataset: Any, kind: str, spec: TableSpec) -> None:
@@ -107,9 +109,9 @@ def _create_vector(dataset: Any, kind: str, spec: TableSpec) -> None:
     dataset.create_index(VECTOR, kind, name=VECTOR_INDEX, metric=spec.metric, replace=True, **how)
 
 
-def _catch_up(uri: str, spec: TableSpec, options: Mapping[str, str]) -> tuple[str, ...]:
+def _catch_up(line: Line, spec: TableSpec) -> tuple[str, ...]:
     """Cover rows that no index has yet: as a new piece, or with a fold where that makes too many or most of it is new."""
-    dataset = open_table(uri, options=options)
+    dataset = open_table(line.uri, options=line.options)
     rows = dataset.count_rows()
     extend, fold, pieces = [], [], 0
     for index in dataset.describe_indices():
@@ -123,18 +125,18 @@ def _catch_up(uri: str, spec: TableSpec, options: Mapping[str, str]) -> tuple[st
         elif missing:
             extend.append(index.name)
     if extend:
-        _optimize(uri, options, names=extend, merge=0)
+        _optimize(line, names=extend, merge=0)
     if fold:
-        _optimize(uri, options, names=fold, merge=pieces)
+        _optimize(line, names=fold, merge=pieces)
     return tuple(fold)
 
 
-def _optimize(uri: str, options: Mapping[str, str], *, names: list[str], merge: int) -> None:
-    committed(uri, options=options, work=lambda latest: latest.optimize.optimize_indices(index_names=names, num_indices_to_merge=merge))
+def _optimize(line: Line, *, names: list[str], merge: int) -> None:
+    line.commit(lambda latest: latest.optimize.optimize_indices(index_names=names, num_indices_to_merge=merge))
 
 
 def _vector_kind(spec: TableSpec, rows: int) -> str | None:
-    if spec.vector_index in _FLAT:
+    if spec.vector_index == "none":
         return None
     if spec.vector_index == "auto":
         return _AUTO if rows >= spec.flat_below else None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import lance
 from lance.commit import CommitConflictError
 
-from pipelines.errors import CatalogEmbedError, NotFound, StoreError
+from pipelines.errors import AlreadyExists, CatalogEmbedError, NotFound, StoreError
 
 T = TypeVar("T")
 
@@ -62,6 +63,37 @@ def committed(uri: str, *, options: Mapping[str, str], work: Callable[[Any], T])
                 raise
             time.sleep(_PAUSE_S * 2**attempt)
     raise AssertionError("unreachable")
+
+
+@dataclass
+class Line:
+    """One writer's versions, each of which follows the one before; without a `version` to start from, nothing is compared.
+
+    A lease cannot stop a process that slept and goes on. Its commits are found here, before rows of two runs mix.
+    """
+
+    uri: str
+    options: Mapping[str, str]
+    version: int | None
+
+    def commit(self, work: Callable[[Any], T]) -> T:
+        """Do one commit, and raise where it is not the only one since the last."""
+        self.check()
+        done = committed(self.uri, options=self.options, work=work)
+        self.check(commits=1)
+        return done
+
+    def check(self, *, commits: int = 0) -> None:
+        """Raise unless the latest version is this line's, or at most `commits` of its own after that."""
+        if self.version is None:
+            return
+        found = int(open_table(self.uri, options=self.options).version)
+        if not self.version <= found <= self.version + commits:
+            raise AlreadyExists(
+                f"table {self.uri} is at version {found} where this run expects {self.version + commits}: another run writes it at the "
+                "same time. Nothing was published; run again when that run has ended."
+            )
+        self.version = found
 
 
 def first_line(error: BaseException) -> str:

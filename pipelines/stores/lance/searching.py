@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.errors import InputError
-from pipelines.schema import ID, VECTOR, VID
+from pipelines.schema import ATTR_HASH, ID, ID_HASH, TEXT_HASH, VECTOR, VID
 from pipelines.stores.lance.indexes import VECTOR_INDEX
 from pipelines.stores.lance.opening import explained, open_table
 from pipelines.stores.lance.reading import taken
@@ -35,6 +35,11 @@ class TableSearcher:
     def columns(self) -> Mapping[str, pa.DataType]:
         """What a filter may name: every column but the vector."""
         return {field.name: field.type for field in self._dataset.schema if field.name != VECTOR}
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The columns that the table keeps of the catalog: the locale and the filters that it was built with."""
+        return tuple(name for name in self.columns if name not in (ID, ID_HASH, VID, TEXT_HASH, ATTR_HASH))
 
     def nearest(
         self,

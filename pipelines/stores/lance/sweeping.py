@@ -37,3 +37,13 @@ def sweep(uri: str, *, keep_versions: AbstractSet[int], older_than: timedelta, o
         else:
             stats = dataset.cleanup_old_versions(versions=goes, error_if_tagged_old_versions=False)
     return SweepResult(versions_removed=tuple(goes), bytes=int(stats.bytes_removed))
+
+
+def stray_tags(uri: str, *, keep: AbstractSet[str], older_than: timedelta, options: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the tags that nothing keeps, at versions older than this: a run that died between tagging and writing left them."""
+    dataset = open_table(uri, options=options)
+    with explained("list the tags of", uri):
+        before = datetime.now(UTC) - older_than
+        moments = {item["version"]: item["timestamp"].astimezone(UTC) for item in dataset.versions()}
+        tags = {name: tag["version"] for name, tag in dataset.tags.list().items()}
+    return tuple(sorted(name for name, version in tags.items() if name not in keep and version in moments and moments[version] < before))

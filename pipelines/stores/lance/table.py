@@ -18,9 +18,10 @@ import pyarrow as pa
 from pipelines.errors import InputError, StoreError
 from pipelines.hashes import vids
 from pipelines.schema import ID, ID_HASH, TEXT_HASH, VECTOR, VID
-from pipelines.stores.lance.opening import STORAGE_VERSION, committed, explained, first_line, latest, open_table
+from pipelines.stores.lance.opening import STORAGE_VERSION, Line, explained, first_line, latest, open_table
 
 Metric = Literal["cosine", "dot"]
+VECTOR_INDEXES = ("auto", "none", "IVF_FLAT", "IVF_SQ", "IVF_PQ", "IVF_RQ", "IVF_HNSW_FLAT", "IVF_HNSW_SQ", "IVF_HNSW_PQ")
 
 _PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
 # One commit for this much: large enough to be few, small enough to stay in memory beside its join.
@@ -34,7 +35,8 @@ class TableSpec:
     """A table's columns and indexes: `scalar` columns are for filters, `text` columns for full-text search.
 
     `vector_index` is a Lance type, `none`, or `auto`: IVF_SQ from `flat_below` rows on, exact scan below.
-    `fold_after` is how many pieces an index may consist of before they become one.
+    `fold_after` is how many pieces an index may consist of before they become one: of 100,000 rows, 9 pieces cost 25
+    to 60 % more median latency than one, and 17 doubled it (docs/experiments.md).
     """
 
     schema: pa.Schema
@@ -52,6 +54,8 @@ class TableSpec:
         for name in self.text:
             if not pa.types.is_string(self.schema.field(name).type):
                 raise InputError(f"`{name}` cannot have a full-text index: it is {self.schema.field(name).type}, not a string.")
+        if self.vector_index not in VECTOR_INDEXES:
+            raise InputError(f"unknown vector index `{self.vector_index}`. Use one of: {', '.join(VECTOR_INDEXES)}.")
         if self.fold_after < 1 or self.flat_below < 0:
             raise InputError(f"fold_after must be 1 or more and flat_below 0 or more, not {self.fold_after} and {self.flat_below}.")
 
@@ -67,8 +71,8 @@ class TableSpec:
         return tuple(name for name in self.schema.names if name not in (ID, VID, TEXT_HASH, VECTOR))
 
 
-def restore(uri: str, *, version: int | None, options: Mapping[str, str]) -> None:
-    """Make the table's latest version equal to the pinned one, or to nothing when none was ever pinned.
+def restore(uri: str, *, version: int | None, options: Mapping[str, str]) -> int | None:
+    """Make the table's latest version equal to the pinned one, or to nothing when none was ever pinned, and return its number.
 
     Without a pin, a table that carries tags is left alone: a generation reads it, and a build replaces it in a new
     version. Files that no version names are removed by a later sweep, a week after they were written.
@@ -78,12 +82,13 @@ def restore(uri: str, *, version: int | None, options: Mapping[str, str]) -> Non
         if dataset is not None and not dataset.tags.list():
             with explained("remove the unpublished", uri):
                 lance.LanceDataset.drop(uri, storage_options=dict(options) or None)
-        return
+        return None
     if dataset is not None and dataset.version == version:
-        return
+        return version
     pinned = open_table(uri, version=version, options=options)
     with explained(f"restore version {version} of", uri):
         pinned.restore()
+    return int(pinned.version)
 
 
 def write_fragments(uri: str, table: pa.Table, spec: TableSpec, options: Mapping[str, str]) -> list[str]:
@@ -119,16 +124,19 @@ def apply(
     spec: TableSpec,
     options: Mapping[str, str],
     expect_live: int,
+    at: int | None = None,
 ) -> int:
     """Carry out one night's changes and return the version: whole rows, attributes of known rows, and what goes.
 
     A product may be named once in all three. Deleting what is not there is no error; an attribute update of what is
-    not there is. Nothing is committed for what is empty. The table must then have `expect_live` rows.
+    not there is. Nothing is committed for what is empty. The table must then have `expect_live` rows. With `at`,
+    the changes start from that version, and nobody else's commit may come between them.
     """
-    keys = _Keys(uri)
+    keys, line = _Keys(uri), Line(uri, options, version=at)
+    line.check()
     for chunk in _chunks(attrs, spec.attributes, spec.schema, uri):
         keys.admit(chunk.column(ID_HASH))
-        updated = _merge(uri, options, chunk, _replace_columns)["num_updated_rows"]
+        updated = _merge(line, chunk, _replace_columns)["num_updated_rows"]
         if updated != chunk.num_rows:
             missing = chunk.num_rows - updated
             raise StoreError(
@@ -136,11 +144,11 @@ def apply(
             )
     for chunk in _chunks(deletes, (ID_HASH,), spec.schema, uri):
         keys.admit(chunk.column(ID_HASH))
-        _merge(uri, options, chunk, _remove)
+        _merge(line, chunk, _remove)
     for chunk in _chunks(upserts, spec.schema.names, spec.schema, uri):
         keys.admit(chunk.column(ID_HASH))
-        _merge(uri, options, chunk, _replace_rows)
-    dataset = open_table(uri, options=options)
+        _merge(line, chunk, _replace_rows)
+    dataset = open_table(uri, options=options, version=line.version)
     with explained("count the rows of", uri):
         found = int(dataset.count_rows())
     if found != expect_live:
@@ -148,9 +156,9 @@ def apply(
     return int(dataset.version)
 
 
-def _merge(uri: str, options: Mapping[str, str], chunk: pa.Table, rule: Any) -> Mapping[str, int]:
-    with explained(f"apply {chunk.num_rows} changes to", uri):
-        done: Mapping[str, int] = committed(uri, options=options, work=lambda dataset: rule(dataset.merge_insert(ID_HASH)).execute(chunk))
+def _merge(line: Line, chunk: pa.Table, rule: Any) -> Mapping[str, int]:
+    with explained(f"apply {chunk.num_rows} changes to", line.uri):
+        done: Mapping[str, int] = line.commit(lambda dataset: rule(dataset.merge_insert(ID_HASH)).execute(chunk))
         return done
 
 
