@@ -52,6 +52,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.bench_normalize
 	$(BIN)/python -m tests.bench.bench_text
 	$(BIN)/python -m tests.bench.bench_diff --rows 10000000
+	$(BIN)/python -m tests.bench.bench_publish
+	$(BIN)/python -m tests.bench.bench_night --rows 200000
+	$(BIN)/python -m tests.bench.bench_embed --rows 200000 --tower tiny
+	$(BIN)/python -m tests.bench.bench_embed --rows 10000 --tower minilm
 
 constraints: $(VENV)/.dev
 	(head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//') > constraints.new && mv constraints.new constraints.txt

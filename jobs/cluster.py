@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,8 +37,12 @@ def connected(address: str, *, verbose: bool = False) -> Iterator[None]:
     _check_reachable(address)
     quiet = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
     local = {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES} if address == "local" else {}
+    # Ray answers SIGTERM with its own exit; whoever started this process has the say.
+    ended = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **quiet, **local)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ended)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot reach Ray at `{address}`: {error}. Use `--ray-address local`, or start the cluster first.") from error
     try:

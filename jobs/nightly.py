@@ -22,7 +22,6 @@ from pipelines.diff import Selection
 from pipelines.diff.dealing import with_rows
 from pipelines.errors import InputError, PlanError
 from pipelines.generation import Located, RunOptions, carry_out, heads, leased
-from pipelines.index.spec import RefreshOptions
 from pipelines.leases import Lease
 from pipelines.manifest import Manifest
 from pipelines.plan import Deletes
@@ -216,7 +215,7 @@ def make_space(settings: Settings, store: Store, *, tower: Path | None = None) -
 
 def run_options(settings: Settings, store: Store, space: Space, night: Night) -> RunOptions:
     """Gather how a plan is carried out."""
-    embed, index, refresh = settings.embed, settings.index, settings.refresh
+    embed, index = settings.embed, settings.index
     return RunOptions(
         store=store,
         options=settings.store.options,
@@ -230,18 +229,12 @@ def run_options(settings: Settings, store: Store, space: Space, night: Night) ->
         ),
         table=TableOptions(
             vector_index=index.lance.type,
-            scalar=tuple(settings.document.filters) if index.lance.scalar is None else index.lance.scalar,
+            scalar=settings.scalar_columns,
             text=index.lance.text,
             flat_below=index.lance.flat_below,
             fold_after=index.lance.fold_after,
         ),
-        refresh=RefreshOptions(
-            delta_until=refresh.delta_until,
-            tombstones_until=refresh.tombstones_until,
-            max_segments=refresh.max_segments,
-            flat_below=index.faiss.flat_below,
-            factory=None if index.faiss.type == "auto" else index.faiss.type,
-        ),
+        refresh=settings.refresh_options,
         limits=settings.gate_limits,
         waivers=settings.gates.waivers,
         samples=settings.gates.samples,

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from jobs.logs import LogLines
 from jobs.settings import Settings
-from pipelines.errors import AlreadyExists, CatalogEmbedError, LeaseHeld, NotFound, StoreError
+from pipelines.errors import AlreadyExists, CatalogEmbedError, LeaseHeld, ManifestError, NotFound, StoreError
 from pipelines.gates import verdicts
 from pipelines.generation import Ran
 from pipelines.manifest import Manifest
-from pipelines.metrics import carried, read_textfile, render_prometheus, write_textfile
+from pipelines.metrics import Key, carried, read_textfile, render_prometheus, write_textfile
 from pipelines.plan import Plan
 from pipelines.storage import Store
 from pipelines.summary import RunFacts, cost_of, metrics_of
@@ -122,12 +122,22 @@ class Record:
 
     def _write_metrics(self) -> None:
         place = self._settings.publish.metrics
-        if place is None:
-            return
-        path = Path(place)
-        labels = {"project": self._settings.project.project, "alias": self._settings.publish.alias}
-        values = carried(read_textfile(path, labels=labels), metrics_of(self.facts))
-        write_textfile(path, render_prometheus(values, labels=labels))
+        if place is not None:
+            labels = metric_labels(self._settings)
+            values = carried(read_textfile(Path(place), labels=labels), metrics_of(self.facts))
+            write_textfile(Path(place), render_prometheus(values, labels=labels))
+
+
+def metric_labels(settings: Settings) -> dict[str, str]:
+    """Return what tells this project's metrics from another's."""
+    return {"project": settings.project.project, "alias": settings.publish.alias}
+
+
+def note_metrics(settings: Settings, values: Mapping[Key, float]) -> None:
+    """Set single metrics, and leave the others in the textfile as they are."""
+    place, labels = settings.publish.metrics, metric_labels(settings)
+    if place is not None:
+        write_textfile(Path(place), render_prometheus(read_textfile(Path(place), labels=labels) | dict(values), labels=labels))
 
 
 def _beside(parts: Sequence[str], run_id: str) -> str:
@@ -166,12 +176,12 @@ def open_record(settings: Settings, *, command: str, listeners: Sequence[Listene
 
 
 def all_runs(store: Store) -> Mapping[str, RunFacts | None]:
-    """Return the state of every run by its id, oldest first; None for one that left no state, because it was killed or still runs."""
+    """Return the state of every run by its id, oldest first; None for one whose state cannot be read: it was killed, or still runs."""
     found: dict[str, RunFacts | None] = {}
     for info in store.list("runs"):
         run_id = info.key.split("/")[1]
         found.setdefault(run_id, None)
         if info.key.endswith("/state.json"):
-            with suppress(NotFound, StoreError):
+            with suppress(NotFound, StoreError, ManifestError):
                 found[run_id] = RunFacts.from_json(store.get(info.key), where=store.uri(info.key))
     return dict(sorted(found.items()))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jobs.inspect import named, require_store
 from jobs.nightly import fingerprint_of, open_store
-from jobs.records import new_run_id
+from jobs.records import new_run_id, note_metrics
 from jobs.settings import Settings
 from pipelines.errors import NotFound, PlanError
 from pipelines.gates import Gate, judge
@@ -102,6 +102,7 @@ def collect(settings: Settings, *, apply: bool, keep: int | None, grace: timedel
     chosen = settings.publish
     options = RetentionOptions(keep=keep or chosen.keep, grace=grace or chosen.grace)
     plan = plan_gc(store, now=_now(), options=options)
+    note_metrics(settings, {("orphan_bytes", ()): float(0 if apply else plan.bytes)})
     if not apply:
         return Collected(plan=plan, removed=None)
 

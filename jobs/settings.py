@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -17,7 +18,7 @@ from pipelines.gates import GateLimits, Waiver
 from pipelines.index.spec import RefreshOptions
 from pipelines.normalize import NormalizeOptions
 from pipelines.plan import Deletes, Limits
-from pipelines.schema import ProductSchema
+from pipelines.schema import VECTOR_INDEXES, ProductSchema
 from pipelines.sources import SourceSpec
 from pipelines.text import Template, parse
 from pipelines.window import zone
@@ -91,6 +92,10 @@ class Gates:
     samples: int = 128
     waivers: tuple[Waiver, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise InputError(f"`samples` is how many products the gates look at, at least 1, not {self.samples}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TowerPlace:
@@ -120,6 +125,10 @@ class Embedding:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"`{name}` is at least 1, not {value}.")
+        for name in ("gpus_per_actor", "cost_per_hour"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < math.inf:
+                raise InputError(f"`{name}` is a number from 0, not {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +148,12 @@ class LanceIndex:
     text: tuple[str, ...] = ()
     flat_below: int = 20_000
     fold_after: int = 8
+
+    def __post_init__(self) -> None:
+        if self.type not in VECTOR_INDEXES:
+            raise InputError(f"`lance: type` is `{self.type}`, but must be one of: {', '.join(VECTOR_INDEXES)}.")
+        if self.fold_after < 1 or self.flat_below < 0:
+            raise InputError(f"`fold_after` is at least 1 and `flat_below` at least 0, not {self.fold_after} and {self.flat_below}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +257,23 @@ class Settings:
         )
 
     @property
+    def refresh_options(self) -> RefreshOptions:
+        """When the FAISS index is extended, and when it is built anew."""
+        return RefreshOptions(
+            delta_until=self.refresh.delta_until,
+            tombstones_until=self.refresh.tombstones_until,
+            max_segments=self.refresh.max_segments,
+            flat_below=self.index.faiss.flat_below,
+            factory=None if self.index.faiss.type == "auto" else self.index.faiss.type,
+        )
+
+    @property
+    def scalar_columns(self) -> tuple[str, ...]:
+        """The columns that filters are fast on: all of them, unless some are named."""
+        named = self.index.lance.scalar
+        return tuple(self.document.filters) if named is None else named
+
+    @property
     def diff(self) -> DiffOptions:
         """What the join may use."""
         return DiffOptions(memory_mb=self.plan.memory_mb, threads=self.plan.threads)
@@ -278,6 +310,7 @@ def load(path: Path, *, target: str | None = None, overrides: Mapping[str, Any] 
     source = build(SourceSpec, "source", layer)
     store = build(StorePlace, "store", layer)
     tower = build(TowerPlace, "tower", layer)
+    publish = build(Publishing, "publish", layer)
     settings = Settings(
         project=build(Project, "", layer),
         source=replace(source, path=_beside(path, source.path)) if source.path else source,
@@ -292,7 +325,7 @@ def load(path: Path, *, target: str | None = None, overrides: Mapping[str, Any] 
         embed=build(Embedding, "embed", layer),
         index=build(Indexes, "index", layer),
         refresh=build(Refresh, "refresh", layer),
-        publish=build(Publishing, "publish", layer),
+        publish=replace(publish, metrics=_beside(path, publish.metrics)) if publish.metrics else publish,
         ray=build(Cluster, "ray", layer),
         origins=layer,
     )
@@ -304,8 +337,20 @@ def load(path: Path, *, target: str | None = None, overrides: Mapping[str, Any] 
     if unread:
         fields = ", ".join(settings.schema.fields)
         raise InputError(f"`source.columns` maps `{unread[0]}`, which neither the template nor a filter reads. They read: {fields}.")
+    for name in (*settings.scalar_columns, *settings.index.lance.text):
+        if name not in settings.document.filters:
+            kept = ", ".join(settings.document.filters) or "none"
+            raise InputError(
+                f"`index.lance` names `{name}`, which the table does not keep. Add it to `document.filters`; they are: {kept}."
+            )
     # Every mistake that can be found without reading a row is found here.
-    settings.zone, settings.schema, settings.limits, settings.normalizing(Window(since=None, until=datetime.now(tz=settings.zone)))
+    (
+        settings.zone,
+        settings.schema,
+        settings.limits,
+        settings.refresh_options,
+        settings.normalizing(Window(since=None, until=datetime.now(tz=settings.zone))),
+    )
     return settings
 
 

@@ -151,12 +151,12 @@ def carry_out(
     plan = located.plan
     if plan.failed:
         return Ran(outcome="guarded", exit_code=plan.exit_code, run_id=run_id, plan=plan, guards=plan.failed, quarantined=plan.rejected)
-    if not plan.actions.changed and located.base is not None and not _rewrites(located, request):
+    if not plan.actions.changed and located.base is not None and not _rewrites(located, request) and not _outrun(located, options):
         base = located.base.generation
         if options.publish and request.selection is None and base != located.parent:
             # A run that was to publish it died in between.
-            facts: dict[str, Any] = {"run_id": run_id, "plan": plan, "generation": base, "quarantined": plan.rejected}
-            return _published(located, request, options, lease=lease, facts=facts)
+            built: dict[str, Any] = {"run_id": run_id, "plan": plan, "generation": base, "quarantined": plan.rejected}
+            return _published(located, request, options, lease=lease, facts=built)
         in_step = _settled(located, request).until
         return Ran(outcome="nothing", exit_code=0, run_id=run_id, plan=plan, quarantined=plan.rejected, in_step=in_step)
     build = _build(located, request, options, recorder=recorder, run_id=run_id, work=work)
@@ -169,11 +169,22 @@ def carry_out(
         raise SourceMoved(f"the catalog changed while it was read again ({moved}). Run again: vectors that are made are kept.")
     quarantined = Counter(plan.rejected)
     quarantined.update(embedded.rejected.column(REASON).to_pylist())
+    kept = _keep_quarantine(options.store, located, embedded, run_id=run_id)
     if (guard := _too_many(plan, sum(quarantined.values()), request)) is not None:
         return Ran(outcome="guarded", exit_code=guard.exit_code, run_id=run_id, plan=plan, guards=(guard,), quarantined=quarantined)
     texts = _some_texts(source, located, request, embedded)
     lease.check()
-    return _finish(located, request, options, build, embedded, lease=lease, recorder=recorder, quarantined=quarantined, texts=texts)
+    facts: dict[str, Any] = {"quarantined": quarantined, "quarantine": kept, "texts": texts}
+    return _finish(located, request, options, build, embedded, lease=lease, recorder=recorder, **facts)
+
+
+def _outrun(located: Located, options: RunOptions) -> bool:
+    """Whether a candidate of another tower is in step with the catalog, and yet no longer follows the live generation.
+
+    A generation of the same content that follows it costs no vector, and can be published.
+    """
+    base = located.base
+    return base is not None and not options.publish and located.parent not in (base.generation, base.parent)
 
 
 def _some_texts(source: Source, located: Located, request: PlanRequest, embedded: Embedded) -> Mapping[str, str]:
@@ -242,6 +253,7 @@ def _finish(
     lease: Lease,
     recorder: Recorder,
     quarantined: Mapping[str, int],
+    quarantine: tuple[ManifestObject, ...],
     texts: Mapping[str, str],
 ) -> Ran:
     """Apply, index, measure, write the generation, and publish it if it is good."""
@@ -252,7 +264,6 @@ def _finish(
     live = plan.base_live + actions.add - actions.delete - lost_adds - lost_updates
     if build.rewrite:
         live = actions.add + actions.text + actions.attr - embedded.lost.num_rows
-    quarantine = _keep_quarantine(store, located, embedded, run_id=build.run_id)
     pin = apply(build, embedded, live=live)
     index = segment(build, embedded, pin, live=live)
     manifest = Manifest(

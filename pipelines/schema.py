@@ -111,6 +111,9 @@ CHANGES = pa.schema(
 # How a vector's numbers are kept, in the log and in the table.
 VECTOR_TYPES: Mapping[str, pa.DataType] = {"float32": pa.float32(), "float16": pa.float16()}
 
+# The vector indexes that the table may have; `auto` chooses by its size.
+VECTOR_INDEXES = ("auto", "none", "IVF_FLAT", "IVF_SQ", "IVF_PQ", "IVF_RQ", "IVF_HNSW_FLAT", "IVF_HNSW_SQ", "IVF_HNSW_PQ")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProductSchema:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -79,11 +80,17 @@ class Shop:
         with faulty(faults):
             return run_night(load(self.config), Night(**{"since": "beginning"} | night))
 
-    def start(self, *arguments: str) -> Popen[str]:
-        """Start the command line as a process group of its own."""
+    @contextmanager
+    def started(self, *arguments: str) -> Iterator[Popen[str]]:
+        """Run the command line as a process group of its own, and leave nothing of it."""
         command = [sys.executable, "-m", "jobs.cli", "-c", str(self.config), "run", "--since", "beginning", *arguments]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return Popen(command, cwd=self.folder, env=environment, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True)
+        with Popen(command, cwd=self.folder, env=environment, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True) as run:
+            try:
+                yield run
+            finally:
+                if run.poll() is None:
+                    os.killpg(run.pid, signal.SIGKILL)
 
     def live(self) -> Manifest:
         entry = current(self.store, "prod")

@@ -23,6 +23,12 @@ MASKS = [
     (re.compile(r"\d{2}:\d{2}:\d{2}Z "), ""),
     (re.compile(r"\S*/catalog\b"), "catalog"),
     (re.compile(r"[\d.]+ [kM]B"), "N MB"),
+    (re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}"), "RUN"),
+    (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d(:\d\d \.\. \d\d:\d\d:\d\d)? UTC"), "TIME"),
+    (re.compile(r"\b(\d+m)?\d+(\.\d+)?s\b"), "SECONDS"),
+    (re.compile(r"[\d,]+ (rows|tokens)/s"), "RATE"),
+    (re.compile(r"\b\d+%"), "SHARE"),
+    (re.compile(r"  +"), "  "),
 ]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -24,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line; turn errors into one line that says what to do, and into exit codes."""
     # Lance warns on its own logger; the messages speak of its internals.
     os.environ.setdefault("LANCE_LOG", "error")
+    _end_as_interrupted()
     given = list(sys.argv[1:] if arguments is None else arguments)
     verbose = sum(item.count("v") for item in given if item.startswith("-v") and set(item[1:]) == {"v"}) + given.count("--verbose")
     try:
@@ -39,6 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:  # noqa: BLE001  the last resort: no traceback unless asked for
         sys.exit(_told(error, show_traceback=verbose >= _VERBOSE_FOR_TRACEBACK))
     sys.exit(0)
+
+
+def _end_as_interrupted() -> None:
+    """Let SIGTERM, which is how schedulers stop a job, end a run as Ctrl-C does: recorded, with its lease released."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 def _told(error: Exception, *, show_traceback: bool) -> int:

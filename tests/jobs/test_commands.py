@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipelines.leases import LeaseEntry, acquire
 from pipelines.publish import current, history, read_manifest
 from pipelines.sample.nights import changes
 from pipelines.sample.spec import SampleSpec
+from pipelines.stores import lance
 from tests.jobs.commands import ESCAPES, FIRST, HOSTILE, LIVE, PRODUCTS, SECOND, TEXTLESS, THIRD, Command, commands, store_of, two_nights
 from tests.shops import closing, configure, make_shop, read_catalog, write_catalog
 
@@ -448,6 +450,16 @@ def test_gc_shows_first_then_removes_and_what_is_needed_still_works(
     assert command("validate").code == 0
     assert command("gc", "--apply", "--dry-run").code == 2
     assert command("gc", "--keep", 0).code == 2
+
+
+def test_tags_that_dead_runs_left_on_a_table_are_found_once_they_are_old(config: Path) -> None:
+    pin = read_manifest(store_of(config), SECOND).table
+    assert pin is not None
+    uri = store_of(config).uri(pin.uri)
+    lance.move_tag(uri, tag=THIRD, version=pin.version, options={})
+    stray = partial(lance.stray_tags, uri, keep={FIRST, SECOND}, options={})
+    assert stray(older_than=timedelta(hours=1)) == ()
+    assert stray(older_than=timedelta(0)) == (THIRD,)
 
 
 class Person(io.StringIO):

@@ -17,11 +17,10 @@ import pyarrow as pa
 
 from pipelines.errors import InputError, StoreError
 from pipelines.hashes import vids
-from pipelines.schema import ID, ID_HASH, TEXT_HASH, VECTOR, VID
+from pipelines.schema import ID, ID_HASH, TEXT_HASH, VECTOR, VECTOR_INDEXES, VID
 from pipelines.stores.lance.opening import STORAGE_VERSION, Line, explained, first_line, latest, open_table
 
 Metric = Literal["cosine", "dot"]
-VECTOR_INDEXES = ("auto", "none", "IVF_FLAT", "IVF_SQ", "IVF_PQ", "IVF_RQ", "IVF_HNSW_FLAT", "IVF_HNSW_SQ", "IVF_HNSW_PQ")
 
 _PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
 # One commit for this much: large enough to be few, small enough to stay in memory beside its join.
