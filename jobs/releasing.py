@@ -102,7 +102,7 @@ def collect(settings: Settings, *, apply: bool, keep: int | None, grace: timedel
     chosen = settings.publish
     options = RetentionOptions(keep=keep or chosen.keep, grace=grace or chosen.grace)
     plan = plan_gc(store, now=_now(), options=options)
-    note_metrics(settings, {("orphan_bytes", ()): float(0 if apply else plan.bytes)})
+    note_metrics(settings, {("orphan_bytes", ()): float(plan.bytes)})
     if not apply:
         return Collected(plan=plan, removed=None)
 
@@ -115,7 +115,9 @@ def collect(settings: Settings, *, apply: bool, keep: int | None, grace: timedel
         versions = frozenset(wanted.kept.values())
         return len(lance.sweep(uri, keep_versions=versions, older_than=age, options=options, dry_run=False).versions_removed)
 
-    return Collected(plan=plan, removed=apply_gc(store, plan, sweep_table=sweep, clock=_now))
+    removed = apply_gc(store, plan, sweep_table=sweep, clock=_now)
+    note_metrics(settings, {("orphan_bytes", ()): 0.0})
+    return Collected(plan=plan, removed=removed)
 
 
 def keep(settings: Settings, generation: str, *, reason: str) -> Pin:

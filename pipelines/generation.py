@@ -188,9 +188,10 @@ def _outrun(located: Located, options: RunOptions) -> bool:
 
 
 def _some_texts(source: Source, located: Located, request: PlanRequest, embedded: Embedded) -> Mapping[str, str]:
-    """Return the texts of a few products that were embedded: the gates embed them again, one by one."""
-    if not embedded.texts:
-        return {}
+    """Return the texts of a few products that have new vectors: the gates embed them again, one by one.
+
+    Also where an earlier attempt embedded them: what its gates refused must not pass by being there already.
+    """
     chosen = first_embedded(located.changes, limit=_REPLAYED)
     chosen = chosen.filter(pc.invert(pc.is_in(chosen.column(ID_HASH), embedded.lost.column(ID_HASH))))
     if not chosen.num_rows:

@@ -227,7 +227,7 @@ def live_leases(store: Store, now: datetime, *, skew: timedelta = CLOCK_SKEW) ->
     """Return who may be writing now, by name of the lease."""
     names = {info.key.split("/")[1] for info in store.list("leases")} - {_READERS}
     heads = {name: _read(store, name, highest) for name in sorted(names) if _NAME.fullmatch(name) and (highest := _highest(store, name))}
-    return {name: head for name, head in heads.items() if head is not None and head.live(now, skew=skew)}
+    return {name: head for name, head in heads.items() if head is not None and head.live(now, skew=skew) and not _dead_here(head)}
 
 
 def pin_reader(store: Store, generation: str, *, ttl: timedelta, name: str, clock: Clock) -> str:

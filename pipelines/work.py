@@ -23,7 +23,7 @@ from pipelines.storage import Store
 from pipelines.stores import lance
 from pipelines.stores.parquet import paid_texts, vectors_in
 
-_LEAST_PART_ROWS, _MOST_PART_ROWS = 1024, 32768
+_LEAST_PART_ROWS, _MOST_PART_ROWS = 512, 32768
 # A full build has about this many parts, so that a killed one repeats a small share.
 _PARTS = 64
 

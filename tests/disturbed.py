@@ -139,8 +139,8 @@ def quiet_night(rows: list[Row]) -> list[Row]:
 
 
 def later_night(rows: list[Row]) -> list[Row]:
-    """A quiet night on which more has happened."""
-    edited = quiet_night(rows)
+    """Take back all of the quiet night, and change other things: nothing of a dead run may be left."""
+    edited = [dict(row) for row in rows]
     edited[22] |= {name: rows[33][name] for name in TEXT_FIELDS}
     edited[23]["price"] = 77.0
     return [*edited[:60], *edited[61:]]

@@ -95,7 +95,9 @@ def thirty(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple
     """
     folder = tmp_path_factory.mktemp("thirty")
     codes: dict[str, Any] = {"faiss": {"type": "IVF1,SQ8"}, "lance": {"type": "IVF_SQ"}}
-    config = make_shop(folder / "shop", products=SPEC.products, index=codes, plan={"lookback": f"{RELEASE}d"}, gates={"samples": 64})
+    # Recall of so few samples moves by more than a night may lose; here it is measured over all products instead.
+    gates = {"samples": 64, "recall_max_drop": 0.05}
+    config = make_shop(folder / "shop", products=SPEC.products, index=codes, plan={"lookback": f"{RELEASE}d"}, gates=gates)
     records = [run(config, at=0)]
     for night in range(1, NIGHTS + 1):
         write_catalog(config, released(night))
@@ -107,7 +109,8 @@ def thirty(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 def test_thirty_nights_saw_every_kind_of_change(thirty: tuple[Live, Live, list[Record]]) -> None:
     records = thirty[2]
-    assert {record.facts.outcome for record in records} <= {"published", "nothing"}
+    failed = {record.run_id: record.facts.gates for record in records if record.facts.outcome not in ("published", "nothing")}
+    assert not failed
     totals = {name: sum(record.facts.planned[name] for record in records[1:]) for name in ("add", "text", "attr", "delete")}
     assert min(totals.values()) > 10, totals
     assert {record.facts.index_action for record in records[1:]} >= {"delta", "rebuild"}
