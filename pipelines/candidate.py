@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pipelines.build import Build, Embedded
 from pipelines.hashes import vids
 from pipelines.index.update import NextIndex, next_index
-from pipelines.manifest import ManifestObject, TablePin
+from pipelines.manifest import Manifest, ManifestObject, TablePin
 from pipelines.schema import ACTION, ADD, ATTR, DELETE, ID, ID_HASH, TEXT, TEXT_HASH, VECTOR, VID
 from pipelines.storage import Store
 from pipelines.stores import lance
@@ -100,6 +100,25 @@ def _rows(build: Build, embedded: Embedded, actions: tuple[str, ...]) -> Iterato
 def segment(build: Build, embedded: Embedded, pin: TablePin, *, live: int) -> NextIndex:
     """Extend the FAISS index by what changed, or build it anew where its shares have grown too large."""
     added: Callable[[], Iterator[pa.Table]] = partial(_rows, build, embedded, (ADD, TEXT))
+    found = _indexed(build, pin, base=build.base, added=added, touched=_touched(build, embedded), live=live)
+    build.store.failpoint("run.segmented")
+    return found
+
+
+def whole_index(build: Build, pin: TablePin, *, live: int) -> NextIndex:
+    """Build the FAISS index of a whole table, whatever there was before."""
+    return _indexed(build, pin, base=None, added=lambda: iter(()), touched=np.empty(0, dtype=np.int64), live=live)
+
+
+def _indexed(
+    build: Build,
+    pin: TablePin,
+    *,
+    base: Manifest | None,
+    added: Callable[[], Iterator[pa.Table]],
+    touched: npt.NDArray[np.int64],
+    live: int,
+) -> NextIndex:
     everything = partial(
         lance.read_rows,
         build.table_uri,
@@ -109,22 +128,20 @@ def segment(build: Build, embedded: Embedded, pin: TablePin, *, live: int) -> Ne
         batch_rows=1 << 14,
     )
     with build.observer.stage("segments", total=None, unit="row"):
-        found = next_index(
+        return next_index(
             build.store,
-            base=build.base,
+            base=base,
             # A name of its own for every attempt: what a dead one left may differ, if the settings did.
             run_id=build.generation,
             generation=build.generation,
             added=added,
-            touched=_touched(build, embedded),
+            touched=touched,
             live=everything,
             num_live=live,
             options=build.refresh,
             dims=build.space.card.dims,
             work=build.work,
         )
-    build.store.failpoint("run.segmented")
-    return found
 
 
 def _touched(build: Build, embedded: Embedded) -> npt.NDArray[np.int64]:

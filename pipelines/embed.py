@@ -43,6 +43,8 @@ from pipelines.workers import _own_errors, spread
 __all__ = ["EmbedJob", "PartDone", "PartWork", "open_encoder", "run_parts"]
 
 _RETRIES = 3
+# So few rows without a forward pass are made faster than a worker starts.
+_ROWS_HERE = 4096
 # Parts that kill workers are bounded by `careful.MAX_ATTEMPTS`, with a message. These bound what never gets that far.
 _MAX_RESTARTS = 100
 _MAX_TASK_RETRIES = 60
@@ -122,16 +124,20 @@ def run_parts(work: Iterable[PartWork], job: EmbedJob) -> Iterator[PartDone]:
     maker = _Maker(log=job.log, preparer=job.preparer, shards={shard.name: ray.put(shard) for shard in job.shards})
     shared = ray.put(maker)
     waiting: list[Any] = []
-    rows = 0
+    here: list[bytes] = []
+    rows, left = 0, _ROWS_HERE
 
     def others() -> Iterator[tuple[Any, bytes]]:
-        nonlocal rows
+        nonlocal rows, left
         for item in work:
             if not item.rows.num_rows:
                 continue
             if item.kind == "embed":
                 waiting.append(ray.put(_sent(item)))
                 rows += item.rows.num_rows
+            elif item.rows.num_rows <= left:
+                left -= item.rows.num_rows
+                here.append(_make(maker, _sent(item)))
             else:
                 yield shared, _sent(item)
 
@@ -140,6 +146,7 @@ def run_parts(work: Iterable[PartWork], job: EmbedJob) -> Iterator[PartDone]:
         with _own_errors():
             for packed in spread(_make, others(), in_flight=in_flight):
                 yield PartDone.unpack(packed)
+            yield from map(PartDone.unpack, here)
             if waiting:
                 yield from _embed(waiting, rows, maker, job)
     except Exception as error:  # noqa: BLE001  every error is raised again below

@@ -90,7 +90,7 @@ GATES: Mapping[str, tuple[str, str]] = MappingProxyType(
             "More products vanish than a night explains. Check the feed; if it is right, raise `gates.max_delete_ratio` or waive this once.",
         ),
         "checksums": (
-            "Every object of the generation, read back from the store, has the size and the sha256 that were written down.",
+            "Every object that a run wrote, read back from the store, has the size and sha256 that were written down; `validate` reads those of the nights before too.",
             "The store holds other bytes than were written. Check the disk or the bucket, then run again; do not publish these objects.",
         ),
         "unindexed": (
@@ -147,7 +147,8 @@ class Waiver:
 class Measured:
     """What the probes found. None means that nobody measured it; `skipped` says why, by gate.
 
-    `parts_rows` are live rows after every part is applied. `recall` and `recall_before` are by index: faiss, lance.
+    `parts_rows` are live rows after every part is applied. `recall`, its standard error and
+    `recall_before` are by index: faiss, lance.
     """
 
     expected_rows: int | None = None
@@ -168,6 +169,7 @@ class Measured:
     replay_ids: tuple[str, ...] = ()
     recall: Mapping[str, float] = field(default_factory=dict)
     recall_before: Mapping[str, float] = field(default_factory=dict)
+    recall_error: Mapping[str, float] = field(default_factory=dict)
     parity: float | None = None
     churn: float | None = None
     delete_ratio: float | None = None
@@ -326,7 +328,9 @@ def _drop(measured: Measured, limits: GateLimits) -> _Finding:
     drops = {name: measured.recall_before[name] - measured.recall[name] for name in sorted(both)}
     # NaN compares as false with everything, and must not hide behind a smaller drop.
     worst = max(drops, key=lambda name: math.inf if math.isnan(drops[name]) else drops[name], default=None)
-    found = _at_most(None if worst is None else drops[worst], limits.recall_max_drop, [worst] if worst else ())
+    # Two samples of one index differ by chance: a drop counts where it is larger than two standard errors of that.
+    noise = 2 * math.sqrt(2) * measured.recall_error.get(worst, 0.0) if worst else 0.0
+    found = _at_most(None if worst is None else drops[worst], limits.recall_max_drop + noise, [worst] if worst else ())
     return replace(found, note="no previous generation with a measured recall")
 
 

@@ -211,7 +211,7 @@ def _build(located: Located, request: PlanRequest, options: RunOptions, *, recor
         store=options.store,
         options=options.options,
         run_id=run_id,
-        generation=_taken(options.store, run_id),
+        generation=take_generation(options.store, run_id),
         space=options.space,
         base=located.base,
         preparer=Preparer(normalizing=request.normalizing, template=request.template),
@@ -226,7 +226,7 @@ def _build(located: Located, request: PlanRequest, options: RunOptions, *, recor
     )
 
 
-def _taken(store: Store, run_id: str) -> str:
+def take_generation(store: Store, run_id: str) -> str:
     """Take the next generation id, so that a run of another tower, which may go on beside this one, takes another."""
     while True:
         generation = next_generation(store)
@@ -287,9 +287,8 @@ def _finish(
         versions=options.versions,
     )
     lease.check()
-    with recorder.stage("gates"):
-        measured = _measure(located, options, embedded, manifest, texts=texts, recorder=recorder)
-        gates = judge(measured, options.limits, options.waivers, options.clock().date())
+    measured = _measure(located, options, embedded, manifest, texts=texts, recorder=recorder)
+    gates = judge(measured, options.limits, options.waivers, options.clock().date())
     store.failpoint("run.judged")
     lease.check()
     report = canonical({"format": 1, "plan": plan.to_json(), "index": {"action": index.action, "reason": index.reason}})

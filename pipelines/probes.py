@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -27,6 +29,7 @@ from pipelines.towers import fetch
 
 TOP = 10
 _REPLAYED = 16
+_SEARCHERS = 4
 _DELETED = 256
 # Below so few products one pair of equal vectors is more than the share that the gate allows.
 _LEAST_FOR_IDENTICAL = 200
@@ -228,9 +231,9 @@ def _searched(
     exact_vids, exact = exact_top(rows, sample.vectors, TOP)
     faiss_hits = segments.search(sample.vectors, TOP)
     lance_vids = np.full((len(sample.ids), TOP), -1, np.int64)
-    for number, vector in enumerate(sample.vectors):
-        answers = table.nearest(vector, TOP).column(VID).to_numpy()
-        lance_vids[number, : len(answers)] = answers
+    with ThreadPoolExecutor(max_workers=_SEARCHERS) as pool:
+        for number, answers in enumerate(pool.map(lambda vector: table.nearest(vector, TOP).column(VID).to_numpy(), sample.vectors)):
+            lance_vids[number, : len(answers)] = answers
     both = {"faiss": faiss_hits.vids, "lance": lance_vids}
     scores = {name: exact_scores(rows, sample.vectors, found) for name, found in both.items()}
     recalls = {name: recall_at(found, scores[name], exact_vids, exact, TOP) for name, found in both.items()}
@@ -240,6 +243,8 @@ def _searched(
         "self_retrieval": float(min(mask.mean() for mask in own.values())),
         "missing": tuple(missing),
         "recall": {name: float(values.mean()) for name, values in recalls.items()},
+        # Of the mean of one sample; the night before looked at another.
+        "recall_error": {name: float(values.std() / math.sqrt(len(values))) for name, values in recalls.items()},
         "parity": float(recall_at(faiss_hits.vids, scores["faiss"], lance_vids, scores["lance"], TOP).mean()),
         **_identical(sample, skipped),
         **_churn(candidate, sample, faiss_hits.vids, skipped),

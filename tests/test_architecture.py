@@ -16,14 +16,14 @@ ROOT = Path(__file__).parent.parent
 # (a folder listed with a trailing dot is one piece: its modules may use each other).
 FLOORS: list[list[str]] = [
     ["jobs.cli."],
-    ["jobs.applying", "jobs.backfill", "jobs.releasing"],
+    ["jobs.applying", "jobs.backfill", "jobs.rebuilding", "jobs.releasing"],
     ["jobs.inspect"],
     ["jobs.nightly", "jobs.doctor", "jobs.project"],
     ["jobs.records"],
     ["jobs.settings"],
     ["jobs.config", "jobs.logs", "jobs.cluster", "jobs.progress"],
     ["jobs.values"],
-    ["pipelines.generation", "pipelines.report", "pipelines.summary"],
+    ["pipelines.generation", "pipelines.recovery", "pipelines.report", "pipelines.summary"],
     ["pipelines.candidate", "pipelines.work"],
     ["pipelines.build"],
     ["pipelines.planning", "pipelines.embed", "pipelines.reader", "pipelines.probes", "pipelines.retention"],

@@ -103,7 +103,9 @@ def test_settings_that_the_docs_name_exist() -> None:
 
     known = {f"{section}: {item.name}" for section, owners in SECTIONS.items() for owner in owners for item in fields(owner)}
     for page in ("operations.md", "architecture.md"):
-        for name in re.findall(r"`((?:source|document|store|plan|gates|publish|ray|tower|embed|index|refresh): \w+)", (ROOT / "docs" / page).read_text()):
+        for name in re.findall(
+            r"`((?:source|document|store|plan|gates|publish|ray|tower|embed|index|refresh): \w+)", (ROOT / "docs" / page).read_text()
+        ):
             assert name in known, f"{page}: {name}"
 
 

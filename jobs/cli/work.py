@@ -326,3 +326,23 @@ def _end(record: Any, output: str) -> None:
         text += gates_text(failed(ran.gates))
     say(json.loads(record.facts.to_json()), text, output)
     sys.exit(record.facts.exit_code)
+
+
+@cli.command(cls=Command)
+@click.option("--no-publish", is_flag=True, help="Build and judge the generation, and leave publishing to `publish`.")
+@progress_option
+@output_option("text", "json", "jsonl")
+@click.pass_obj
+def rebuild(obj: dict[str, Any], progress: Any, output: str, *, no_publish: bool) -> None:
+    """Make the live generation's table and index anew from the vector log, and publish them.
+
+    For a table or a segment that is damaged or lost. No text is embedded and the catalog is not read; every part of the
+    log is verified. The content stays the same. Exits 10 when a gate fails.
+    """
+    from jobs.nightly import Night
+    from jobs.rebuilding import rebuild_live
+
+    settings = settings_of(obj)
+    with _watched(obj, progress) as listeners:
+        record = rebuild_live(settings, _with(Night(publish=not no_publish, command="rebuild"), listeners))
+    _end(record, output)

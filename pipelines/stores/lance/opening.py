@@ -30,7 +30,7 @@ def open_table(uri: str, *, options: Mapping[str, str], version: int | None = No
         return lance.dataset(uri, version=version, storage_options=dict(options) or None)
     except _ENGINE_ERRORS as error:
         if "was not found" in str(error) or "not found" in str(error).lower():
-            raise NotFound(f"there is no table {uri}{which}. Run `catalog-embed doctor`, or build it anew.") from error
+            raise NotFound(f"there is no table {uri}{which}. `catalog-embed rebuild` makes it anew from the vector log.") from error
         raise StoreError(f"cannot open table {uri}{which}: {first_line(error)}. Check the store's options and rights.") from error
 
 
@@ -50,7 +50,9 @@ def explained(what: str, uri: str) -> Iterator[None]:
     except _ENGINE_ERRORS as error:
         if isinstance(error, CatalogEmbedError):
             raise
-        raise StoreError(f"cannot {what} table {uri}: {first_line(error)}. Run `catalog-embed doctor`.") from error
+        raise StoreError(
+            f"cannot {what} table {uri}: {first_line(error)}. If it is damaged, `catalog-embed rebuild` makes it anew."
+        ) from error
 
 
 def committed(uri: str, *, options: Mapping[str, str], work: Callable[[Any], T]) -> T:
