@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from encoder.errors import TowerError
+from encoder.registry import read_card
+from jobs.nightly import tower_directory, tower_options
 from jobs.settings import Settings
 from pipelines.contracts import Window
 from pipelines.errors import CatalogEmbedError
@@ -18,9 +21,10 @@ from pipelines.publish import current
 from pipelines.sources import open_source
 from pipelines.storage import Store
 
-PACKAGES = ("ray", "pyarrow", "duckdb", "pylance", "obstore", "numpy", "click")
+PACKAGES = ("ray", "torch", "transformers", "pyarrow", "duckdb", "pylance", "lancedb", "faiss-cpu", "obstore", "numpy", "click")
 
 _FREE_BYTES = 2 << 30
+_UNIT = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,7 @@ def examine(settings: Settings) -> Iterator[Check]:
     yield Check(name="packages", passed=True, found=f"python {platform.python_version()}, {versions}")
     yield _run("template", lambda: f"reads {', '.join(settings.template.text_fields)}; digest {settings.template.digest[:12]}")
     yield _run("time zone", lambda: f"{settings.project.timezone}, now {datetime.now(tz=settings.zone):%Y-%m-%d %H:%M%z}")
+    yield _run("tower", lambda: _look_at_tower(settings))
     yield _run("source", lambda: _look_at_source(settings))
     yield _run("store", lambda: _look_at_store(settings))
     yield _disk(settings)
@@ -47,8 +52,22 @@ def examine(settings: Settings) -> Iterator[Check]:
 def _run(name: str, look: Callable[[], str]) -> Check:
     try:
         return Check(name=name, passed=True, found=look())
-    except CatalogEmbedError as error:
+    except (CatalogEmbedError, TowerError) as error:
         return Check(name=name, passed=False, found=str(error))
+
+
+def _look_at_tower(settings: Settings) -> str:
+    """Hash the tower as a run would, and let it embed one text."""
+    from encoder.inference import Encoder  # noqa: PLC0415  torch loads only where a text is embedded
+
+    directory = tower_directory(settings)
+    card = read_card(directory, tower_options(settings))
+    vector = Encoder(directory, tower=tower_options(settings)).encode(["a product"])[0]
+    if not abs(float((vector * vector).sum()) - 1.0) < _UNIT:
+        raise TowerError(f"the tower in {directory} gives no unit vector for a plain text. Check its weights.")
+    return (
+        f"{card.model_type}, {card.pooling} pooling, {card.dims} dimensions, {card.max_tokens} tokens; fingerprint {card.fingerprint[:12]}"
+    )
 
 
 def _look_at_source(settings: Settings) -> str:

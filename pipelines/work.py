@@ -23,7 +23,8 @@ from pipelines.storage import Store
 from pipelines.stores import lance
 from pipelines.stores.parquet import paid_texts, vectors_in
 
-_LEAST_PART_ROWS, _MOST_PART_ROWS = 512, 32768
+# Below this a part is too small a window to sort by length: parts of 512 cost 8 % of the forward passes (docs/experiments.md).
+_LEAST_PART_ROWS, _MOST_PART_ROWS = 2048, 32768
 # A full build has about this many parts, so that a killed one repeats a small share.
 _PARTS = 64
 
