@@ -1,39 +1,61 @@
-"""Texts in, unit vectors out, in the order of the texts, whatever batch each travelled in.
+"""Texts in, unit vectors out, in the order of the texts, whatever pack each travelled in.
 
-Texts are sorted by length and run in batches of a token budget, padding counted. A batch that does not fit in memory
-halves the budget, for good: the run goes on.
+A text that is there twice is run once. Texts are sorted by length over a wide window and run in packs of a token budget.
+A pack that does not fit in memory halves the budget, for good: the run goes on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
+from encoder.engine import Engine, Floats, Pace
 from encoder.errors import EncoderError, TowerError
+from encoder.memory import Footprint, free_bytes
 from encoder.registry import AS_SAVED, TowerOptions, read_card
 from encoder.tokens import Kind, Texts, Tokenizer, Tokens
 from encoder.tower import Tower
 
-# Padded tokens in a batch. On a CPU 1-2 k stay in its cache: 8 k run at half the speed.
-_TOKEN_BUDGETS = {"cpu": 1536, "mps": 8192, "cuda": 65536}
+# Tokens in a pack. On a CPU 1 k stay in its cache: 8 k run at two thirds of the speed (docs/experiments.md).
+_TOKEN_BUDGETS = {"cpu": 1024, "mps": 8192, "cuda": 65536}
+# So many lanes of one thread each keep Python's lock free enough; more threads go into the lanes.
+_MOST_LANES = 8
+# Of the memory that a GPU has left: the rest is for what cannot be foreseen, such as fragments.
+_ROOM = 0.8
+# Texts that are sorted together. Their ids take 16 bytes a token, some 60 MB.
+_WINDOW_TEXTS = 65_536
+
+EngineName = Literal["auto", "packed", "padded"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
-    """How to run, never what comes out: padded tokens in a batch, CPU threads of this process, device."""
+    """How to run, never what comes out.
+
+    Tokens in a pack, CPU threads of this process, packs side by side on a CPU, device. The engine `padded` runs the model
+    as it was loaded, in padded batches: slow, and what the others are compared with.
+    """
 
     token_budget: int | None = None
     threads: int | None = None
+    lanes: int | None = None
     device: str = "auto"
+    engine: EngineName = "auto"
 
     def __post_init__(self) -> None:
-        for name, value in (("token_budget", self.token_budget), ("threads", self.threads)):
+        for name, value in (("token_budget", self.token_budget), ("threads", self.threads), ("lanes", self.lanes)):
             if value is not None and value < 1:
                 raise EncoderError(f"{name} is {value}. Give 1 or more, or leave it out.")
+        if self.engine not in get_args(EngineName):
+            raise EncoderError(f"engine is {self.engine!r}. Choose one of {', '.join(get_args(EngineName))}.")
 
 
 _PLAIN = EncodeOptions()
@@ -56,13 +78,14 @@ class Encoder:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self._tokenizer = Tokenizer(directory, card=self.card)
-        self._tower = Tower(directory, self.card, device=options.device)
+        way = None if options.engine == "auto" else options.engine
+        self._tower = Tower(directory, self.card, device=options.device, way=way, plain=options.engine == "padded")
         if self._tokenizer.vocabulary > self._tower.vocabulary:
             sizes = f"{self._tokenizer.vocabulary} ids, the model {self._tower.vocabulary}"
             raise TowerError(f"{directory}: the tokenizer knows {sizes}. They are not of one tower.")
-        self.token_budget = options.token_budget or _TOKEN_BUDGETS.get(self._tower.device.type, _TOKEN_BUDGETS["cpu"])
-        self.halvings = 0
+        self._engine = Engine(self._tower, pad_id=self._tokenizer.pad_id, pace=_pace(options, self._tower))
         self.tokens_encoded = 0
+        self.texts_encoded = 0
 
     @property
     def dims(self) -> int:
@@ -79,65 +102,133 @@ class Encoder:
         """Return the device that the model is on."""
         return str(self._tower.device)
 
+    @property
+    def dtype(self) -> str:
+        """Return the number format that the model computes in."""
+        return str(self._tower.dtype).removeprefix("torch.")
+
+    @property
+    def vocabulary(self) -> int:
+        """Return one more than the highest token id that the model knows."""
+        return self._tower.vocabulary
+
+    @property
+    def footprint(self) -> Footprint:
+        """Return how much memory the weights take, and a token on its way."""
+        return self._tower.footprint
+
+    def fits(self, token_budget: int) -> bool:
+        """Say whether packs of a budget have room in the memory of the device, as far as that is known."""
+        free = free_bytes(self._tower.device)
+        return free is None or self.footprint.of_pack(token_budget) < _ROOM * free
+
+    @property
+    def engine(self) -> str:
+        """Return how the model runs: packed or padded."""
+        return self._tower.way
+
+    @property
+    def pace(self) -> Pace:
+        """Return how packs are run; its budget is what memory has left of it."""
+        return self._engine.pace
+
+    @pace.setter
+    def pace(self, pace: Pace) -> None:
+        self._engine.pace = pace
+
+    @property
+    def token_budget(self) -> int:
+        """Return how many tokens a pack may have."""
+        return self.pace.token_budget
+
+    @property
+    def lanes(self) -> int:
+        """Return how many packs run side by side."""
+        return self.pace.lanes
+
+    @property
+    def halvings(self) -> int:
+        """Return how often the budget was halved because a pack did not fit in memory."""
+        return self._engine.halvings
+
     def tokenize(self, texts: Texts, *, kind: Kind = "document") -> Tokens:
         """Return the token ids of texts, prompt included."""
         return self._tokenizer.tokenize(texts, kind=kind)
 
-    def encode(self, texts: Texts, *, kind: Kind = "document") -> npt.NDArray[np.float32]:
+    def encode(self, texts: Texts, *, kind: Kind = "document") -> Floats:
         """Return a unit vector for each text, in order. Numbers that are not finite are the caller's to find."""
-        return self.encode_tokens(self.tokenize(texts, kind=kind))
+        if len(texts) < 2 or isinstance(texts, str):  # noqa: PLR2004 - one text cannot be there twice
+            return self.encode_tokens(self.tokenize(texts, kind=kind))
+        distinct, places = _distinct(texts)
+        windows = [self.encode_tokens(tokens) for tokens in self._ahead(distinct, kind)]
+        vectors = windows[0] if len(windows) == 1 else np.concatenate(windows)
+        return vectors if places is None else vectors[places]
 
-    def encode_tokens(self, tokens: Tokens) -> npt.NDArray[np.float32]:
+    def encode_arrow(self, texts: Texts, *, kind: Kind = "document") -> pa.FixedSizeListArray:
+        """Return what `encode` does, as Arrow, without a copy."""
+        return pa.FixedSizeListArray.from_arrays(pa.array(self.encode(texts, kind=kind).reshape(-1)), self.dims)
+
+    def encode_tokens(self, tokens: Tokens) -> Floats:
         """Return a unit vector for each text, in order."""
         if tokens.ids.size and not 0 <= int(tokens.ids.min()) <= int(tokens.ids.max()) < self._tower.vocabulary:
             raise EncoderError(
                 f"Token ids reach {tokens.ids.max()}, and the tower knows {self._tower.vocabulary}: another tower made them."
             )
-        vectors = np.empty((len(tokens), self.dims), np.float32)
-        lengths = tokens.lengths
-        order = np.argsort(-lengths, kind="stable")  # the longest first: what does not fit shows at once
-        start = 0
-        while start < len(order):
-            longest = max(1, int(lengths[order[start]]))
-            rows = order[start : start + max(1, self.token_budget // longest)]
-            found = self._try(tokens, rows)
-            if found is None:
-                self._halve(longest, len(rows))
-                continue
-            vectors[rows] = found
-            start += len(rows)
+        vectors = self._engine.run(tokens)
         self.tokens_encoded += tokens.ids.size
+        self.texts_encoded += len(tokens)
         return vectors
 
-    def _try(self, tokens: Tokens, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float32] | None:
-        """Return the vectors of some texts, or nothing where they do not fit in memory. One text must fit."""
-        try:
-            return self._forward(*_padded(tokens, rows, pad_id=self._tokenizer.pad_id))
-        except torch.OutOfMemoryError:
-            if len(rows) == 1:
-                raise
-            return None  # the exception, which holds the tensors of the batch, ends here
-
-    def _forward(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Run one padded batch."""
-        with torch.inference_mode():
-            vectors = self._tower(torch.from_numpy(ids).to(self._tower.device), torch.from_numpy(lengths).to(self._tower.device))
-            return np.asarray(vectors.cpu().numpy(), np.float32)
-
-    def _halve(self, longest: int, texts: int) -> None:
-        """Halve the budget until the batch that failed gets smaller, and give cached memory back."""
-        while self.token_budget // longest >= texts:
-            self.token_budget //= 2
-            self.halvings += 1
-        if self._tower.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def _ahead(self, texts: pa.Array, kind: Kind) -> Iterator[Tokens]:
+        """Yield the ids of texts, a window at a time: while one is embedded, the next is made."""
+        pieces = [texts[start : start + _WINDOW_TEXTS] for start in range(0, len(texts), _WINDOW_TEXTS)]
+        if len(pieces) == 1:
+            yield self.tokenize(pieces[0], kind=kind)
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
+            made = pool.submit(self.tokenize, pieces[0], kind=kind)
+            for piece in pieces[1:]:
+                tokens, made = made.result(), pool.submit(self.tokenize, piece, kind=kind)
+                yield tokens
+            yield made.result()
 
 
-def _padded(tokens: Tokens, rows: npt.NDArray[np.intp], *, pad_id: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the ids of some texts as one matrix, padded on the right, and their lengths."""
-    lengths = tokens.lengths[rows]
-    columns = np.arange(max(1, int(lengths.max())))
-    inside = columns < lengths[:, None]
-    ids = np.full(inside.shape, pad_id, np.int64)
-    ids[inside] = tokens.ids[(tokens.offsets[rows, None] + columns)[inside]]
-    return ids, lengths
+def _pace(options: EncodeOptions, tower: Tower) -> Pace:
+    """Return the pace that was asked for, and what is usual for the device where nothing was."""
+    budget = options.token_budget or _budget(tower)
+    threads = torch.get_num_threads()
+    lanes = options.lanes or (min(threads, _MOST_LANES) if tower.device.type == "cpu" else 1)
+    return Pace(token_budget=budget, lanes=min(lanes, threads), threads=threads)
+
+
+def _budget(tower: Tower) -> int:
+    """Return the usual budget, or the half, quarter ... of it that memory has room for."""
+    budget, free = _TOKEN_BUDGETS.get(tower.device.type, _TOKEN_BUDGETS["cpu"]), free_bytes(tower.device)
+    while free is not None and budget > tower.card.max_tokens and tower.footprint.of_pack(budget) > _ROOM * free:
+        budget //= 2
+    return budget
+
+
+def _distinct(texts: Texts) -> tuple[pa.Array, npt.NDArray[np.int64] | None]:
+    """Return each text once, and which of them stands where; nothing where all differ."""
+    array = _as_arrow(texts)
+    if array.null_count or not _is_text(array.type):
+        raise EncoderError("Some texts are null, or no strings. Leave such rows out before encoding.")
+    coded = array.dictionary_encode()
+    if len(coded.dictionary) == len(coded):
+        return coded.dictionary, None
+    return coded.dictionary, coded.indices.to_numpy()
+
+
+def _as_arrow(texts: Texts) -> pa.Array:
+    try:
+        array = texts if isinstance(texts, pa.Array | pa.ChunkedArray) else pa.array(texts)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise EncoderError(f"Some texts are no strings: {str(error)[:200]}. Leave such rows out before encoding.") from error
+    if isinstance(array, pa.ChunkedArray) and _is_text(array.type):
+        return array.cast(pa.large_string()).combine_chunks()
+    return array
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

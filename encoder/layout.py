@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from encoder.architectures import ARCHITECTURES, Architecture
 from encoder.errors import TowerError
 
 Pooling = Literal["mean", "cls", "last"]
 
-MODEL_TYPES = ("bert", "xlm-roberta", "modernbert", "qwen3")
+MODEL_TYPES = tuple(ARCHITECTURES)
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # Whatever transformers may read to build a tokenizer.
 TOKENIZER = (
@@ -29,6 +30,8 @@ TOKENIZER = (
     "vocab.json",
     "merges.txt",
     "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "tekken.json",
 )
 
 _VOCABULARIES = {"tokenizer.json", "vocab.json"}
@@ -44,6 +47,16 @@ _POOLING: Mapping[str, Pooling] = {
 _DOCUMENT_PROMPTS, _QUERY_PROMPTS = ("document", "passage", "corpus"), ("query",)
 _HARMLESS_ARGUMENTS = {"add_pooling_layer", "attn_implementation", "dtype", "torch_dtype", "trust_remote_code"}
 _UNUSED_FEATURES = ("processing_kwargs", "query_length", "document_length", "query_expansion")
+# The one value of a setting of config.json that is carried out, and is meant where the setting is absent.
+_AS_TRAINED: Mapping[str, Any] = {
+    "position_embedding_type": "absolute",
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "chunk_size_feed_forward": 0,  # a pack is no multiple of it
+    "return_dict": True,
+}
+# Scalings of rotary positions that give a token the same angle whatever else is in its batch: not dynamic, not longrope.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _MAX_JSON_BYTES = 64 * 1024 * 1024
 _MAX_FILES = 1000
 
@@ -75,10 +88,12 @@ def read_layout(directory: Path) -> Layout:
     sentence = _optional_json(folder / "sentence_bert_config.json")
     named = _optional_json(directory / "config_sentence_transformers.json")
     model_type = _model_type(config, named, directory)
+    architecture = ARCHITECTURES[model_type]
+    _refuse_settings(config, architecture, directory)
     _refuse_features(sentence, directory)
-    full_dims = _whole(config, "hidden_size", None, directory)
+    full_dims = _whole(config, architecture.width, None, directory)
     document_prompt, query_prompt = _prompts(named, directory)
-    own_tokens, most_tokens = _tokens(config, sentence, _optional_json(folder / "tokenizer_config.json"), directory)
+    own_tokens, most_tokens = _tokens(architecture, config, sentence, _optional_json(folder / "tokenizer_config.json"), directory)
     names = [PurePosixPath(model_path, name) for name in ("config.json", "sentence_bert_config.json", *_weights(folder), *TOKENIZER)]
     names += [PurePosixPath("modules.json"), PurePosixPath("config_sentence_transformers.json")]
     names += [PurePosixPath(path, "config.json") for path in (pooling_path, normalize_path) if path]
@@ -154,11 +169,32 @@ def _model_type(config: dict[str, Any], named: dict[str, Any], directory: Path) 
         raise TowerError(f"{directory}: model_type is {str(model_type)[:80]!r}. Allowed are {', '.join(MODEL_TYPES)}.")
     if config.get("quantization_config"):
         raise TowerError(f"{directory}: the weights are quantized. Save the tower with plain weights.")
-    if config.get("position_embedding_type", "absolute") != "absolute":
-        raise TowerError(f"{directory}: position_embedding_type is {str(config['position_embedding_type'])[:80]!r}. Allowed is absolute.")
     if (kind := named.get("model_type", "SentenceTransformer")) != "SentenceTransformer":
         raise TowerError(f"{directory} is a {str(kind)[:80]}, and a tower is a SentenceTransformer: one dense vector for a text.")
     return str(model_type)
+
+
+def _refuse_settings(config: dict[str, Any], architecture: Architecture, directory: Path) -> None:
+    """Refuse settings of the model that are not carried out here, or by which a vector would depend on the texts beside it."""
+    allowed = {**_AS_TRAINED, "is_causal": architecture.causal} | ({} if architecture.causal else {"is_decoder": False})
+    for name, value in allowed.items():
+        if config.get(name) not in (None, value):
+            raise TowerError(f"{directory}: config.json sets {name} to {str(config[name])[:80]!r}. Allowed is {str(value).lower()}.")
+    if architecture.positions != "rotary":
+        return
+    for name in ("rope_scaling", "rope_parameters"):
+        for kind in _rope_types(config.get(name)):
+            if kind not in _ROPE_TYPES:
+                advice = f"which is not supported here. Allowed are {', '.join(_ROPE_TYPES)}"
+                raise TowerError(f"{directory}: config.json sets {name} to the type {kind[:80]!r}, {advice}.")
+
+
+def _rope_types(setting: Any) -> set[str]:
+    """Return the types of a rotary setting, which is one for all layers or one for each kind of layer."""
+    if not isinstance(setting, dict):
+        return {"default"} if setting is None else {str(setting)}
+    nested = [part for part in setting.values() if isinstance(part, dict)]
+    return {str(part.get("rope_type") or part.get("type") or "default") for part in nested or [setting]}
 
 
 def _refuse_features(sentence: dict[str, Any], directory: Path) -> None:
@@ -210,17 +246,19 @@ def _prompts(named: dict[str, Any], directory: Path) -> tuple[str, str]:
     return (document or [neutral or ""])[0], (query or [neutral or ""])[0]
 
 
-def _tokens(config: dict[str, Any], sentence: dict[str, Any], tokenizer: dict[str, Any], directory: Path) -> tuple[int, int]:
+def _tokens(
+    architecture: Architecture, config: dict[str, Any], sentence: dict[str, Any], tokenizer: dict[str, Any], directory: Path
+) -> tuple[int, int]:
     """Return how many tokens of a text are read, special ones included, as sentence-transformers decides it; and how many could be."""
-    positions = _whole(config, "max_position_embeddings", 512, directory)
-    if config["model_type"] == "xlm-roberta":  # its positions begin after the padding id
-        positions -= _whole(config, "pad_token_id", 1, directory) + 1
+    table = architecture.positions != "rotary"
+    positions = _whole(config, "max_position_embeddings", 512 if table else None, directory)
+    positions -= architecture.first_position(_whole(config, "pad_token_id", 1, directory))
     if sentence.get("max_seq_length") is None:
         own = min(_whole(tokenizer, "model_max_length", positions, directory), positions)
     else:
         own = _whole(sentence, "max_seq_length", None, directory)
-    # The positions of the other types are rotary: they have no end, and a longer setting is their author's.
-    own = min(own, positions) if config["model_type"] in {"bert", "xlm-roberta"} else own
+    # Rotary positions have no end, and a longer setting is their author's.
+    own = min(own, positions) if table else own
     return own, max(own, positions)
 
 

@@ -1,20 +1,22 @@
 """From token states to one unit vector for a text, in float32 whatever the model computes in.
 
-Shapes: B texts, T tokens of the longest, D dimensions of the model, K dimensions kept. Padding stands on the right.
+Shapes: B texts, T tokens of the longest, D dimensions of the model, K dimensions kept. Padding stands on the right; in
+a pack there is none, and T is the tokens of all texts.
 """
 
 # ruff: noqa: N803, N806 - tensors carry their shape in their names
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from encoder.attention import Spans
+from encoder.layout import Pooling
 
-def pool(states_BTD: Tensor, lengths_B: Tensor, *, mode: Literal["mean", "cls", "last"]) -> Tensor:
+
+def pool(states_BTD: Tensor, lengths_B: Tensor, *, mode: Pooling) -> Tensor:
     """Return one vector for each text: the mean of its tokens, its first or its last."""
     if mode == "cls":
         return states_BTD[:, 0].float()
@@ -25,6 +27,20 @@ def pool(states_BTD: Tensor, lengths_B: Tensor, *, mode: Literal["mean", "cls", 
     # Filled, not multiplied: a padded position may hold anything, and NaN times zero is NaN.
     sums_BD = states_BTD.float().masked_fill(padding_BT[:, :, None], 0.0).sum(dim=1)
     return sums_BD / lengths_B[:, None].clamp(min=1)
+
+
+def pool_packed(states_TD: Tensor, spans: Spans, *, mode: Pooling) -> Tensor:
+    """Return one vector for each text of a pack."""
+    ends_B = spans.boundaries
+    if mode == "cls":
+        return states_TD[ends_B[:-1]].float()
+    if mode == "last":
+        return states_TD[ends_B[1:] - 1].float()
+    if spans.varlen:
+        return torch.segment_reduce(states_TD.float(), "mean", offsets=ends_B.long(), axis=0, unsafe=True)
+    sizes = [texts * length for texts, length in spans.runs]
+    runs = zip(states_TD.split(sizes), spans.runs, strict=True)
+    return torch.cat([run_TD.float().unflatten(0, (texts, length)).mean(dim=1) for run_TD, (texts, length) in runs])
 
 
 def shorten(vectors_BD: Tensor, *, dims: int) -> Tensor:

@@ -1,102 +1,83 @@
-"""The model of a tower, loaded by a class from a list: safetensors only, no code of its own, no network, nothing printed."""
+"""The forward pass of a tower: a pack of token ids in, unit vectors out, packed or padded.
 
-# ruff: noqa: N803, N806 - tensors carry their shape in their names
+Packed, the texts of a pack run end to end in one row and none pays for the longest. Padded, they run as a matrix with a
+mask, as any other tool runs them: for models that cannot be packed, and as the twin that the packed way is compared with.
+"""
+
+# ruff: noqa: N806 - tensors carry their shape in their names
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers.utils import logging
 
+from encoder.architectures import ARCHITECTURES
+from encoder.attention import PACKED, PLAIN_TOKENS, VARLEN_DTYPES, Scratch, Spans, register
 from encoder.errors import TowerError
-from encoder.pooling import pool, shorten
-from encoder.registry import Dtype, TowerCard
+from encoder.fast_linear import quicken
+from encoder.loading import choose_device, choose_dtype, load_model
+from encoder.memory import footprint
+from encoder.packing import Pack
+from encoder.pooling import pool, pool_packed, shorten
+from encoder.registry import TowerCard
 
-# Configuration class, model class, and what the model is built with: by name, because transformers loads its models lazily.
-_CLASSES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
-    "bert": ("BertConfig", "BertModel", {"add_pooling_layer": False}),
-    "xlm-roberta": ("XLMRobertaConfig", "XLMRobertaModel", {"add_pooling_layer": False}),
-    "modernbert": ("ModernBertConfig", "ModernBertModel", {}),
-    "qwen3": ("Qwen3Config", "Qwen3Model", {}),
-}
+Way = Literal["packed", "padded"]
 
 
 class Tower:
-    """Token ids in, unit vectors out: the model, the pooling and the truncation of a card, on one device."""
+    """The model, the pooling and the truncation of a card, on one device. `plain` leaves its layers as they were loaded."""
 
-    def __init__(self, directory: Path, card: TowerCard, *, device: str = "auto") -> None:
+    def __init__(self, directory: Path, card: TowerCard, *, device: str = "auto", way: Way | None = None, plain: bool = False) -> None:
         self.card = card
         self.device = choose_device(device)
-        self.model = load_model(directory, card, dtype=choose_dtype(card.dtype, self.device)).to(self.device)
+        self.dtype = choose_dtype(card.dtype, self.device)
+        self._architecture = ARCHITECTURES[card.model_type]
+        self.way: Way = way or self._best_way()
+        if self.way == "packed" and not self._architecture.packs:
+            raise TowerError(f"{card.model_type} models cannot be packed. Leave the engine to `auto`, which pads them.")
+        register()
+        attention = PACKED if self.way == "packed" else "sdpa" if self._architecture.packs else "eager"
+        self.model = load_model(directory, card, dtype=self.dtype, attention=attention).to(self.device)
         self.vocabulary: int = self.model.get_input_embeddings().num_embeddings
+        self._padding_id = self._architecture.padding_id(self.model.config.pad_token_id)
+        self.footprint = footprint(self.model, dtype=self.dtype, longest=self._longest_scores(), plain_scores=self.device.type == "cpu")
+        self._options: dict[str, Any] = {"use_cache": False} if self._architecture.cached else {}
+        self.varlen = self.device.type == "cuda"
+        self.quick = not plain and self.device.type == "cpu" and quicken(self.model, dtype=self.dtype)
 
-    def __call__(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        """Return one vector for each row of ids, of which the first `lengths_B` are read."""
-        mask_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths_B[:, None]
-        options = {"use_cache": False} if self.card.model_type == "qwen3" else {}
-        states_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT.long(), **options).last_hidden_state
-        return shorten(pool(states_BTD, lengths_B, mode=self.card.pooling), dims=self.card.dims)
+    def _best_way(self) -> Way:
+        """Pack where the model and the device allow it; on CUDA that takes flash attention, and so a short number format."""
+        packs = self._architecture.packs and (self.device.type == "cpu" or (self.device.type == "cuda" and self.dtype in VARLEN_DTYPES))
+        return "packed" if packs else "padded"
 
+    def _longest_scores(self) -> int:
+        """Return the tokens of the longest text whose scores are all held at once."""
+        return min(self.card.max_tokens, PLAIN_TOKENS) if self.way == "packed" else self.card.max_tokens
 
-def choose_device(name: str) -> torch.device:
-    """Return the device of this name; `auto` takes an accelerator where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise TowerError(f"device is {name!r}. Choose auto, cpu, cuda, cuda:<number> or mps.") from error
+    def __call__(self, pack: Pack, *, scratch: Scratch, pad_id: int) -> Tensor:
+        """Return one vector for each text of a pack, on the device; on CUDA before it is computed."""
+        vectors_BD = self._packed(pack, scratch) if self.way == "packed" else self._padded(pack, pad_id)
+        return shorten(vectors_BD, dims=self.card.dims)
 
+    def _packed(self, pack: Pack, scratch: Scratch) -> Tensor:
+        ids_1T, positions_1T = self._sent(pack.ids).long()[None], self._sent(pack.positions(after=self._padding_id))[None]
+        boundaries = self._sent(pack.boundaries)
+        spans = Spans(runs=pack.runs, boundaries=boundaries, longest=int(pack.lengths[0]), scratch=scratch, varlen=self.varlen)
+        states_1TD = self.model(input_ids=ids_1T, position_ids=positions_1T, spans=spans, **self._options).last_hidden_state
+        return pool_packed(states_1TD[0], spans, mode=self.card.pooling)
 
-def choose_dtype(name: Dtype, device: torch.device) -> torch.dtype:
-    """Return the number format of the model; `auto` is bfloat16 on a CUDA device that has it, and float32 elsewhere."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    def _padded(self, pack: Pack, pad_id: int) -> Tensor:
+        ids_BT, lengths_B = self._sent(pack.padded(pad_id=pad_id)).long(), self._sent(pack.lengths)
+        mask_BT = torch.arange(ids_BT.shape[1], device=self.device) < lengths_B[:, None]
+        states_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT.long(), **self._options).last_hidden_state
+        return pool(states_BTD, lengths_B, mode=self.card.pooling)
 
-
-def load_model(directory: Path, card: TowerCard, *, dtype: torch.dtype) -> Any:
-    """Return the model of a tower in evaluation mode, every weight of it read from the files."""
-    config_class, model_class, arguments = _CLASSES[card.model_type]
-    folder = directory / card.model_path
-    try:
-        with _quiet():
-            config = getattr(transformers, config_class).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model, report = getattr(transformers, model_class).from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                attn_implementation="sdpa",  # named, because a configuration could name a kernel to download
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                **arguments,
-            )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise TowerError(f"{folder}: the model cannot be loaded: {str(error)[:500]}. Save the tower again.") from error
-    absent = sorted(str(name) for kind in ("missing_keys", "mismatched_keys", "error_msgs") for name in report.get(kind) or ())
-    if absent:
-        raise TowerError(f"{folder}: the weights lack or misfit {', '.join(absent)[:500]}. They are not of this config.json.")
-    return model.eval().requires_grad_(requires_grad=False)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from writing its bar and its report of unused weights, and leave its settings as they were."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
+    def _sent(self, array: Any) -> Tensor:
+        """Return an array on the device. Pinned memory lets the host go on while it is copied."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)

@@ -9,26 +9,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-Kind = Literal["bert", "xlm-roberta", "modernbert", "qwen3"]
+from tests.tower_tokenizers import TOKENIZERS, WORDS, Kind
+
+__all__ = ["DECODERS", "KINDS", "WORDS", "Kind", "Pooling", "tiny_tower"]
+
 Pooling = Literal["mean", "cls", "lasttoken"]
 Weights = dict[str, npt.NDArray[np.float32]]
-KINDS: tuple[Kind, ...] = ("bert", "xlm-roberta", "modernbert", "qwen3")
-
-WORDS = """
-the a and for with of in on to by is from black white red blue green grey pink silver gold small medium large mens womens kids
-cotton leather steel wood plastic glass wool linen rubber aluminium wireless usb bluetooth charger cable phone laptop case cover
-shoe shoes shirt jacket dress jeans boots trainers bag hat gloves scarf watch ring lamp chair table desk bed sofa shelf mirror
-kitchen knife pan pot cup mug plate bottle garden tool drill hammer paint brush toy game puzzle book pen paper pack set of pieces
-inch cm mm kg litre size colour brand new light heavy waterproof outdoor indoor travel sport running football camping summer winter
-""".split()  # noqa: SIM905 - one word a line would be a page
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# Those with causal attention, whose last token has read the whole text.
+DECODERS: tuple[Kind, ...] = ("qwen2", "qwen3", "llama", "mistral")
 HEAD_DIMS = 16
+WINDOW = 8  # so short that the sliding window shows in ordinary texts
 
 
 def tiny_tower(
@@ -48,7 +45,7 @@ def tiny_tower(
     """Write a tower and return its directory. Equal arguments give equal bytes; `dims` is a multiple of 16."""
     assert dims % HEAD_DIMS == 0, f"dims={dims} is no multiple of {HEAD_DIMS}"
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer, tokenizer_config = _TOKENIZERS[kind]()
+    tokenizer, tokenizer_config = TOKENIZERS[kind]()
     tokenizer.save(str(directory / "tokenizer.json"))
     config, weights = _MODELS[kind](_Draws(seed), tokenizer.get_vocab_size(), dims, layers, max_tokens)
     _write(directory / "tokenizer_config.json", {"model_max_length": max_tokens, **tokenizer_config})
@@ -142,12 +139,81 @@ def _bert(draws: _Draws, vocabulary: int, dims: int, layers: int, max_tokens: in
     return config, weights | _linear(draws, "pooler.dense", dims, dims, bias=True)  # real ones carry it too, unused
 
 
-def _xlm_roberta(draws: _Draws, vocabulary: int, dims: int, layers: int, max_tokens: int) -> tuple[dict[str, Any], Weights]:
+def _roberta(draws: _Draws, vocabulary: int, dims: int, layers: int, max_tokens: int) -> tuple[dict[str, Any], Weights]:
     # Positions begin after the padding id, 1.
     config, weights = _bert(draws, vocabulary, dims, layers, max_tokens, first=2)
     weights["embeddings.token_type_embeddings.weight"] = weights["embeddings.token_type_embeddings.weight"][:1].copy()
     special = {"type_vocab_size": 1, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "layer_norm_eps": 1e-5}
-    return {**config, "architectures": ["XLMRobertaModel"], "model_type": "xlm-roberta", **special}, weights
+    return {**config, "architectures": ["RobertaModel"], "model_type": "roberta", **special}, weights
+
+
+def _xlm_roberta(draws: _Draws, vocabulary: int, dims: int, layers: int, max_tokens: int) -> tuple[dict[str, Any], Weights]:
+    config, weights = _roberta(draws, vocabulary, dims, layers, max_tokens)
+    return {**config, "architectures": ["XLMRobertaModel"], "model_type": "xlm-roberta"}, weights
+
+
+def _mpnet(draws: _Draws, vocabulary: int, dims: int, layers: int, max_tokens: int) -> tuple[dict[str, Any], Weights]:
+    config, weights = _roberta(draws, vocabulary, dims, layers, max_tokens)
+    del config["type_vocab_size"], weights["embeddings.token_type_embeddings.weight"]
+    names = {
+        ".attention.self.query.": ".attention.attn.q.",
+        ".attention.self.key.": ".attention.attn.k.",
+        ".attention.self.value.": ".attention.attn.v.",
+        ".attention.output.dense.": ".attention.attn.o.",
+        ".attention.output.LayerNorm.": ".attention.LayerNorm.",
+    }
+    weights = _renamed(weights, names) | {"encoder.relative_attention_bias.weight": draws("distances", 32, dims // HEAD_DIMS, std=1.0)}
+    return {**config, "architectures": ["MPNetModel"], "model_type": "mpnet", "relative_attention_num_buckets": 32}, weights
+
+
+def _distilbert(draws: _Draws, vocabulary: int, dims: int, layers: int, max_tokens: int) -> tuple[dict[str, Any], Weights]:
+    _, weights = _bert(draws, vocabulary, dims, layers, max_tokens)
+    names = {
+        "encoder.layer.": "transformer.layer.",
+        ".attention.self.query.": ".attention.q_lin.",
+        ".attention.self.key.": ".attention.k_lin.",
+        ".attention.self.value.": ".attention.v_lin.",
+        ".attention.output.dense.": ".attention.out_lin.",
+        ".attention.output.LayerNorm.": ".sa_layer_norm.",
+        ".intermediate.dense.": ".ffn.lin1.",
+        ".output.dense.": ".ffn.lin2.",
+        ".output.LayerNorm.": ".output_layer_norm.",
+    }
+    weights = {name: weight for name, weight in weights.items() if "token_type" not in name and "pooler" not in name}
+    config = {
+        "architectures": ["DistilBertModel"],
+        "model_type": "distilbert",
+        "vocab_size": vocabulary,
+        "dim": dims,
+        "n_layers": layers,
+        "n_heads": dims // HEAD_DIMS,
+        "hidden_dim": 2 * dims,
+        "max_position_embeddings": max_tokens,
+        "activation": "gelu",
+        "sinusoidal_pos_embds": False,
+        "pad_token_id": 0,
+    }
+    return config, _renamed(weights, names)
+
+
+def _electra(draws: _Draws, vocabulary: int, dims: int, layers: int, max_tokens: int) -> tuple[dict[str, Any], Weights]:
+    # The words are half as wide as the layers, as in electra-small.
+    config, weights = _bert(draws, vocabulary, dims, layers, max_tokens)
+    weights = {name: weight for name, weight in weights.items() if "pooler" not in name}
+    weights = {name: weight[..., : dims // 2].copy() if name.startswith("embeddings.") else weight for name, weight in weights.items()}
+    weights |= _linear(draws, "embeddings_project", dims, dims // 2, bias=True)
+    return {**config, "architectures": ["ElectraModel"], "model_type": "electra", "embedding_size": dims // 2}, weights
+
+
+def _renamed(weights: Weights, names: Mapping[str, str]) -> Weights:
+    """Return the weights with pieces of their names replaced, one after the other."""
+    renamed = {}
+    for old, weight in weights.items():
+        new = old
+        for piece, replacement in names.items():
+            new = new.replace(piece, replacement)
+        renamed[new] = weight
+    return renamed
 
 
 def _modernbert(draws: _Draws, vocabulary: int, dims: int, layers: int, max_tokens: int) -> tuple[dict[str, Any], Weights]:
@@ -161,7 +227,7 @@ def _modernbert(draws: _Draws, vocabulary: int, dims: int, layers: int, max_toke
         "intermediate_size": 2 * dims,
         "max_position_embeddings": max_tokens,
         "global_attn_every_n_layers": 2,
-        "local_attention": 8,  # so short that the sliding window shows in ordinary texts
+        "local_attention": WINDOW,
         "global_rope_theta": 160000.0,
         "local_rope_theta": 10000.0,
         "hidden_activation": "gelu",
@@ -189,7 +255,7 @@ def _modernbert(draws: _Draws, vocabulary: int, dims: int, layers: int, max_toke
 
 
 def _qwen3(draws: _Draws, vocabulary: int, dims: int, layers: int, max_tokens: int) -> tuple[dict[str, Any], Weights]:
-    heads = dims // HEAD_DIMS
+    heads = dims // HEAD_DIMS  # of queries; there is one of keys and values
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -224,82 +290,42 @@ def _qwen3(draws: _Draws, vocabulary: int, dims: int, layers: int, max_tokens: i
     return config, weights | _norm(draws, "norm", dims, bias=False)
 
 
-def _wordpiece() -> tuple[Tokenizer, dict[str, Any]]:
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
-    joined = [f"##{letter}" for letter in letters if letter.isalnum()]
-    pieces = dict.fromkeys([*special, *letters, *joined, *WORDS])
-    tokenizer = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    tokenizer.add_special_tokens(special)
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    return tokenizer, {"tokenizer_class": "BertTokenizer", "do_lower_case": True, **names}
+def _qwen2(draws: _Draws, vocabulary: int, dims: int, layers: int, max_tokens: int) -> tuple[dict[str, Any], Weights]:
+    config, weights = _qwen3(draws, vocabulary, dims, layers, max_tokens)
+    weights = {name: weight for name, weight in weights.items() if "q_norm" not in name and "k_norm" not in name}
+    for name in [name for name in weights if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]:
+        bias = name.replace("weight", "bias")
+        weights[bias] = draws(bias, weights[name].shape[0])
+    config = {name: value for name, value in config.items() if name not in {"head_dim", "attention_bias"}}
+    # The last layer looks a few tokens back, the first ones at all.
+    window = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": layers - 1}
+    return {**config, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **window}, weights
 
 
-def _unigram() -> tuple[Tokenizer, dict[str, Any]]:
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    letters = [chr(code) for code in range(33, 127)]
-    pieces = [(piece, 0.0) for piece in special] + [("▁", -4.0)] + [(letter, -8.0) for letter in letters]
-    pieces += [(f"▁{word}", -6.0) for word in dict.fromkeys(WORDS)] + [("<mask>", 0.0)]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    tokenizer.add_special_tokens([*special, "<mask>"])
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>"}
-    return tokenizer, {"tokenizer_class": "XLMRobertaTokenizer", "mask_token": "<mask>", **names}
+def _llama(draws: _Draws, vocabulary: int, dims: int, layers: int, max_tokens: int) -> tuple[dict[str, Any], Weights]:
+    config, weights = _qwen3(draws, vocabulary, dims, layers, max_tokens)
+    weights = {name: weight for name, weight in weights.items() if "q_norm" not in name and "k_norm" not in name}
+    del config["use_sliding_window"]
+    special = {"bos_token_id": 1, "eos_token_id": 2, "rope_theta": 10000.0, "mlp_bias": False}
+    return {**config, "architectures": ["LlamaModel"], "model_type": "llama", **special}, weights
 
 
-def _byte_pairs(special: list[str]) -> Tokenizer:
-    """Make byte-level BPE whose merges spell the words, with a space before them, letter by letter."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges: dict[tuple[str, str], None] = {}
-    pieces = dict.fromkeys([*special, *letters])
-    for word in WORDS:
-        for end in range(1, len(word) + 1):
-            merges["Ġ" + word[: end - 1], word[end - 1]] = None
-            pieces["Ġ" + word[:end]] = None
-    tokenizer = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, list(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(special)
-    return tokenizer
+def _mistral(draws: _Draws, vocabulary: int, dims: int, layers: int, max_tokens: int) -> tuple[dict[str, Any], Weights]:
+    config, weights = _llama(draws, vocabulary, dims, layers, max_tokens)
+    del config["mlp_bias"], config["attention_bias"]
+    return {**config, "architectures": ["MistralModel"], "model_type": "mistral", "sliding_window": WINDOW}, weights
 
 
-def _modernbert_tokenizer() -> tuple[Tokenizer, dict[str, Any]]:
-    tokenizer = _byte_pairs(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    inputs = {"model_input_names": ["input_ids", "attention_mask"]}
-    return tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": True, **names, **inputs}
-
-
-def _qwen3_tokenizer() -> tuple[Tokenizer, dict[str, Any]]:
-    tokenizer = _byte_pairs(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer.normalizer = normalizers.NFC()
-    ends = processors.TemplateProcessing(single="$A <|endoftext|>", pair="$A $B <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
-    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), ends])
-    names = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "unk_token": None, "bos_token": None}
-    return tokenizer, {"tokenizer_class": "Qwen2Tokenizer", "padding_side": "left", "add_prefix_space": False, **names}
-
-
-_TOKENIZERS: Mapping[Kind, Callable[[], tuple[Tokenizer, dict[str, Any]]]] = {
-    "bert": _wordpiece,
-    "xlm-roberta": _unigram,
-    "modernbert": _modernbert_tokenizer,
-    "qwen3": _qwen3_tokenizer,
-}
 _MODELS: Mapping[Kind, Callable[[_Draws, int, int, int, int], tuple[dict[str, Any], Weights]]] = {
     "bert": _bert,
+    "roberta": _roberta,
     "xlm-roberta": _xlm_roberta,
+    "mpnet": _mpnet,
+    "distilbert": _distilbert,
+    "electra": _electra,
     "modernbert": _modernbert,
+    "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "llama": _llama,
+    "mistral": _mistral,
 }

@@ -14,7 +14,7 @@ import pytest
 
 from encoder.errors import EncoderError, TowerError
 from encoder.registry import CARD, DEFAULT_WEIGHTS_SHA256, TowerCard, TowerOptions, default_tower, export_tower, read_card
-from tests.towers import KINDS, Kind, tiny_tower
+from tests.towers import DECODERS, KINDS, Kind, tiny_tower
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -145,7 +145,14 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda tower: (tower / "model.safetensors").unlink(), "no model.safetensors"),
     "shard outside": (lambda tower: sharded(tower, into="../model.safetensors"), "no safetensors file beside it"),
     "shard missing": (lambda tower: sharded(tower, into="model-00002-of-00002.safetensors"), "no safetensors file beside it"),
-    "model type": (lambda tower: edit(tower / "config.json", model_type="llama"), "model_type is 'llama'"),
+    "model type": (lambda tower: edit(tower / "config.json", model_type="t5"), "model_type is 't5'"),
+    "relative positions": (lambda tower: edit(tower / "config.json", position_embedding_type="relative_key"), "Allowed is absolute"),
+    "decoder": (lambda tower: edit(tower / "config.json", is_decoder=True), "is_decoder to 'True'. Allowed is false"),
+    "causal": (lambda tower: edit(tower / "config.json", is_causal=True), "is_causal to 'True'"),
+    "cross attention": (lambda tower: edit(tower / "config.json", add_cross_attention=True), "add_cross_attention"),
+    "encoder and decoder": (lambda tower: edit(tower / "config.json", is_encoder_decoder=True), "is_encoder_decoder"),
+    "chunks": (lambda tower: edit(tower / "config.json", chunk_size_feed_forward=4), "chunk_size_feed_forward to '4'"),
+    "tuples": (lambda tower: edit(tower / "config.json", return_dict=False), "return_dict"),
     "quantized": (lambda tower: edit(tower / "config.json", quantization_config={"bits": 4}), "quantized"),
     "broken json": (lambda tower: (tower / "config.json").write_text("{"), "not readable as JSON"),
     "json of another kind": (lambda tower: (tower / "config.json").write_text("[]"), "expected a JSON dict"),
@@ -182,6 +189,33 @@ def test_a_directory_that_is_no_safe_tower_is_refused(tower: Path, name: str) ->
         read_card(tower)
     assert raised.value.exit_code == 2
     assert isinstance(raised.value, EncoderError | ValueError)
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "qwen2", "llama", "mistral"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "dynamic"}}},
+        {"rope_scaling": "dynamic"},
+    ],
+)
+def test_positions_that_depend_on_the_other_texts_of_a_batch_are_refused(tmp_path: Path, kind: Kind, setting: dict[str, Any]) -> None:
+    tower = tiny_tower(tmp_path / "tower", kind=kind)
+    edit(tower / "config.json", **setting)
+    with pytest.raises(TowerError, match=r"to the type '(dynamic|longrope)', which is not supported here. Allowed are default, linear"):
+        read_card(tower)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_decoder_that_is_told_to_look_ahead_is_refused(tmp_path: Path, kind: Kind) -> None:
+    tower = tiny_tower(tmp_path / "tower", kind=kind)
+    edit(tower / "config.json", is_decoder=True, is_causal=True, sliding_window=4)
+    read_card(tower)
+    edit(tower / "config.json", is_causal=False)
+    with pytest.raises(TowerError, match=r"is_causal to 'False'\. Allowed is true"):
+        read_card(tower)
 
 
 def test_a_link_inside_the_tower_is_followed(tower: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from encoder.inference import EncodeOptions, Encoder
 from encoder.registry import TowerOptions, default_tower
-from tests.towers import KINDS, Kind, Pooling, tiny_tower
+from tests.towers import DECODERS, KINDS, Kind, Pooling, tiny_tower
 
 TEXTS = [
     "Red cotton shirt, large",
@@ -24,6 +24,7 @@ TEXTS = [
     "red cotton shirt, large",
     "x",
     " ".join(f"steel drill {number} mm" for number in range(12)),
+    "a text may spell <pad> and [PAD] or </s> and <|endoftext|> in its middle",
 ]
 PROMPTS = {"query": "find: ", "document": "item | "}
 
@@ -60,7 +61,9 @@ def test_every_architecture_and_pooling_gives_the_same_vectors(tmp_path: Path, k
     encoder = Encoder(directory, options=EncodeOptions(token_budget=100))
     for side in ("document", "query"):
         assert_same(encoder.encode(TEXTS, kind=side), reference(directory, TEXTS, prompt_name=side))
-    assert not np.allclose(encoder.encode(TEXTS), encoder.encode(TEXTS, kind="query"), atol=1e-3)
+    # The first token of a decoder sees itself alone, and may be the same in every text.
+    if not (kind in DECODERS and pooling == "cls"):
+        assert not np.allclose(encoder.encode(TEXTS), encoder.encode(TEXTS, kind="query"), atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,6 +77,37 @@ def test_a_tower_that_sentence_transformers_saved_gives_the_same_vectors(tmp_pat
     assert encoder.card.max_tokens == 48
     assert_same(encoder.encode(TEXTS), reference(tmp_path / "second", TEXTS, prompt_name="passage"))
     assert_same(encoder.encode(TEXTS), Encoder(first).encode(TEXTS))
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"type": "linear", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+VARIANTS: dict[str, tuple[Kind, dict[str, Any]]] = {
+    "mistral without a window": ("mistral", {"sliding_window": None}),
+    "qwen2 without a window": ("qwen2", {"use_sliding_window": False}),
+    "qwen3 with a window": ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    **{f"llama with {name}": ("llama", {"rope_scaling": rope}) for name, rope in ROPES.items()},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_a_configuration_may_set_gives_the_same_vectors(tmp_path: Path, name: str) -> None:
+    kind, settings = VARIANTS[name]
+    plain = tiny_tower(tmp_path / "plain", kind=kind, pooling="lasttoken", max_tokens=48)
+    directory = tiny_tower(tmp_path / "tower", kind=kind, pooling="lasttoken", max_tokens=48)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | settings))
+    found = Encoder(directory).encode(TEXTS)
+    assert_same(found, reference(directory, TEXTS))
+    assert not np.allclose(found, Encoder(plain).encode(TEXTS), atol=1e-3), "the setting changes nothing"
 
 
 @pytest.mark.parametrize("normalize", [True, False])
