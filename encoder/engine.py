@@ -35,6 +35,11 @@ class Pace:
     lanes: int = 1
     threads: int = 1
 
+    def __post_init__(self) -> None:
+        for name, value in (("token_budget", self.token_budget), ("threads", self.threads), ("lanes", self.lanes)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}. Give 1 or more.")
+
 
 class Engine:
     """A tower at work, at the pace that it is set to. Not for several threads at once."""
