@@ -21,25 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 PACKED = "catalog_embed_packed"
 
-# Up to this length plain products and a softmax beat the flash kernel on a CPU, by 2x at 16-128 tokens
-# (docs/experiments.md). They need room for all scores, which `Scratch` keeps: to allocate it anew costs as much again.
-PLAIN_TOKENS = 200
 # `varlen_attn` is flash attention.
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
-
-
-class Scratch:
-    """Memory for scores, kept from call to call. For one thread."""
-
-    def __init__(self) -> None:
-        self._kept = torch.empty(0)
-
-    def scores(self, *shape: int, like: Tensor) -> Tensor:
-        """Return uninitialised numbers of a shape, in memory that the next call takes again."""
-        size = torch.Size(shape).numel()
-        if self._kept.numel() < size or self._kept.dtype != like.dtype:
-            self._kept = torch.empty(size, dtype=like.dtype)
-        return self._kept[:size].view(shape)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +32,6 @@ class Spans:
     runs: tuple[tuple[int, int], ...]
     boundaries: Tensor
     longest: int
-    scratch: Scratch
     varlen: bool
 
 
@@ -124,28 +106,15 @@ def _by_runs(
         query_NHLC, key_NHLC, value_NHLC = (
             states[0, :, start:end].unflatten(1, (texts, length)).transpose(0, 1) for states in (query_1HTC, key_1GTC, value_1GTC)
         )
-        masked = causal or (window is not None and length > window)
-        if masked or length > PLAIN_TOKENS or query_1HTC.dtype == torch.float16:
-            block_NHLC = _flash(query_NHLC, key_NHLC, value_NHLC, scale=scale, causal=causal, window=window)
-        else:
-            block_NHLC = _plain(query_NHLC, key_NHLC, value_NHLC, scale=scale, scratch=spans.scratch)
+        block_NHLC = _alone(query_NHLC, key_NHLC, value_NHLC, scale=scale, causal=causal, window=window)
         blocks.append(block_NHLC.transpose(1, 2).reshape(texts * length, heads, channels))
         start = end
     assert start == tokens, f"the spans hold {start} tokens of {tokens}"
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).unsqueeze(0)
 
 
-def _plain(query_NHLC: Tensor, key_NHLC: Tensor, value_NHLC: Tensor, *, scale: float, scratch: Scratch) -> Tensor:
-    """Two batched products and a softmax between them, the scores in kept memory."""
-    texts, heads, length, channels = query_NHLC.shape
-    query_MLC, key_MLC, value_MLC = (states.reshape(texts * heads, length, channels) for states in (query_NHLC, key_NHLC, value_NHLC))
-    scores_MLL = scratch.scores(texts * heads, length, length, like=query_NHLC)
-    torch.baddbmm(scores_MLL, query_MLC, key_MLC.transpose(1, 2), beta=0, alpha=scale, out=scores_MLL)
-    torch.softmax(scores_MLL, dim=-1, out=scores_MLL)
-    return torch.bmm(scores_MLL, value_MLC).view(texts, heads, length, channels)
-
-
-def _flash(query_NHLC: Tensor, key_NHLC: Tensor, value_NHLC: Tensor, *, scale: float, causal: bool, window: int | None) -> Tensor:
+def _alone(query_NHLC: Tensor, key_NHLC: Tensor, value_NHLC: Tensor, *, scale: float, causal: bool, window: int | None) -> Tensor:
+    """Return what the tokens of each text read, all texts being of one length."""
     length = query_NHLC.shape[2]
     if window is None or length <= window:
         return functional.scaled_dot_product_attention(query_NHLC, key_NHLC, value_NHLC, is_causal=causal, scale=scale)

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from encoder.attention import Scratch
 from encoder.packing import Window
 from encoder.tokens import Tokens
 from encoder.tower import Tower
@@ -95,12 +94,11 @@ class _Shift:
 
     def work(self, tower: Tower, *, pad_id: int) -> None:
         """Run packs until none is left. An error in one lane ends the others."""
-        scratch = Scratch()
         flights: deque[_Flight] = deque()
         try:
             with torch.inference_mode():
                 while (place := self._take(padding=tower.way == "padded")) is not None:
-                    if (flight := self._launch(tower, place, scratch, pad_id)) is not None:
+                    if (flight := self._launch(tower, place, pad_id)) is not None:
                         flights.append(flight)
                     while len(flights) > self._engine.in_flight:
                         self._land(flights.popleft())
@@ -123,11 +121,11 @@ class _Shift:
                 return start, end
             return None
 
-    def _launch(self, tower: Tower, place: tuple[int, int], scratch: Scratch, pad_id: int) -> _Flight | None:
+    def _launch(self, tower: Tower, place: tuple[int, int], pad_id: int) -> _Flight | None:
         """Run a pack; where it does not fit in memory, put its texts back under a smaller budget. One text must fit."""
         pack = self._window.pack(*place)
         try:
-            vectors = tower(pack, scratch=scratch, pad_id=pad_id)
+            vectors = tower(pack, pad_id=pad_id)
             return _Flight(rows=pack.rows, **_homeward(vectors))
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if len(pack.rows) == 1 or not _is_out_of_memory(error):

@@ -11,6 +11,8 @@ from torch import nn
 # At the widest point of a layer these are alive: input, residual, query, key, value and what was read; and the widest
 # product with its activation, twice where a gate goes with it.
 _NARROW, _WIDE = 6, 3
+# Scores, their bias and their softmax.
+_SCORES = 3
 _POOLED_BYTES = 4
 
 
@@ -26,13 +28,12 @@ class Footprint:
         return tokens * self.per_token
 
 
-def footprint(model: Any, *, dtype: torch.dtype, longest: int, plain_scores: bool) -> Footprint:
-    """Return the footprint of a model as it was loaded. `plain_scores`: all scores of a pack are held at once."""
-    config = model.config
+def footprint(model: Any, *, dtype: torch.dtype, scores_of: int = 0) -> Footprint:
+    """Return the footprint of a model as it was loaded; `scores_of`: tokens of the longest text, where all its scores are held."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     width: int = model.get_input_embeddings().embedding_dim
     widest = max((layer.out_features for layer in model.modules() if isinstance(layer, nn.Linear)), default=width)
-    scores = config.num_attention_heads * longest if plain_scores else 0
+    scores = _SCORES * model.config.num_attention_heads * scores_of
     return Footprint(weights=weights, per_token=dtype.itemsize * (_NARROW * width + _WIDE * widest + scores) + _POOLED_BYTES * width)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from encoder.architectures import ARCHITECTURES
-from encoder.attention import PACKED, PLAIN_TOKENS, VARLEN_DTYPES, Scratch, Spans, register
+from encoder.attention import PACKED, VARLEN_DTYPES, Spans, register
 from encoder.errors import TowerError
 from encoder.fast_linear import quicken
 from encoder.loading import choose_device, choose_dtype, load_model
@@ -43,7 +43,7 @@ class Tower:
         self.model = load_model(directory, card, dtype=self.dtype, attention=attention).to(self.device)
         self.vocabulary: int = self.model.get_input_embeddings().num_embeddings
         self._padding_id = self._architecture.padding_id(self.model.config.pad_token_id)
-        self.footprint = footprint(self.model, dtype=self.dtype, longest=self._longest_scores(), plain_scores=self.device.type == "cpu")
+        self.footprint = footprint(self.model, dtype=self.dtype, scores_of=0 if self._architecture.packs else card.max_tokens)
         self._options: dict[str, Any] = {"use_cache": False} if self._architecture.cached else {}
         self.varlen = self.device.type == "cuda"
         self.quick = not plain and self.device.type == "cpu" and quicken(self.model, dtype=self.dtype)
@@ -53,19 +53,15 @@ class Tower:
         packs = self._architecture.packs and (self.device.type == "cpu" or (self.device.type == "cuda" and self.dtype in VARLEN_DTYPES))
         return "packed" if packs else "padded"
 
-    def _longest_scores(self) -> int:
-        """Return the tokens of the longest text whose scores are all held at once."""
-        return min(self.card.max_tokens, PLAIN_TOKENS) if self.way == "packed" else self.card.max_tokens
-
-    def __call__(self, pack: Pack, *, scratch: Scratch, pad_id: int) -> Tensor:
+    def __call__(self, pack: Pack, *, pad_id: int) -> Tensor:
         """Return one vector for each text of a pack, on the device; on CUDA before it is computed."""
-        vectors_BD = self._packed(pack, scratch) if self.way == "packed" else self._padded(pack, pad_id)
+        vectors_BD = self._packed(pack) if self.way == "packed" else self._padded(pack, pad_id)
         return shorten(vectors_BD, dims=self.card.dims)
 
-    def _packed(self, pack: Pack, scratch: Scratch) -> Tensor:
+    def _packed(self, pack: Pack) -> Tensor:
         ids_1T, positions_1T = self._sent(pack.ids).long()[None], self._sent(pack.positions(after=self._padding_id))[None]
         boundaries = self._sent(pack.boundaries)
-        spans = Spans(runs=pack.runs, boundaries=boundaries, longest=int(pack.lengths[0]), scratch=scratch, varlen=self.varlen)
+        spans = Spans(runs=pack.runs, boundaries=boundaries, longest=int(pack.lengths[0]), varlen=self.varlen)
         states_1TD = self.model(input_ids=ids_1T, position_ids=positions_1T, spans=spans, **self._options).last_hidden_state
         return pool_packed(states_1TD[0], spans, mode=self.card.pooling)
 
