@@ -20,10 +20,12 @@ from pipelines.errors import CatalogEmbedError
 from pipelines.publish import current
 from pipelines.sources import open_source
 from pipelines.storage import Store
+from pipelines.towers import machine_folder
 
 PACKAGES = ("ray", "torch", "transformers", "pyarrow", "duckdb", "pylance", "lancedb", "faiss-cpu", "obstore", "numpy", "click")
 
 _FREE_BYTES = 2 << 30
+_MIB = 1 << 20
 _UNIT = 1e-3
 
 
@@ -36,13 +38,14 @@ class Check:
     found: str
 
 
-def examine(settings: Settings) -> Iterator[Check]:
-    """Look at the machine, the configuration, the source and the store; write nothing but a probe that is removed."""
+def examine(settings: Settings, *, fresh: bool = False) -> Iterator[Check]:
+    """Look at the machine, the configuration, the source and the store; write nothing but a probe that is removed, and a pace."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     yield Check(name="packages", passed=True, found=f"python {platform.python_version()}, {versions}")
     yield _run("template", lambda: f"reads {', '.join(settings.template.text_fields)}; digest {settings.template.digest[:12]}")
     yield _run("time zone", lambda: f"{settings.project.timezone}, now {datetime.now(tz=settings.zone):%Y-%m-%d %H:%M%z}")
     yield _run("tower", lambda: _look_at_tower(settings))
+    yield _run("engine", lambda: _look_at_engine(settings, fresh=fresh))
     yield _run("source", lambda: _look_at_source(settings))
     yield _run("store", lambda: _look_at_store(settings))
     yield _disk(settings)
@@ -67,6 +70,27 @@ def _look_at_tower(settings: Settings) -> str:
         raise TowerError(f"the tower in {directory} gives no unit vector for a plain text. Check its weights.")
     return (
         f"{card.model_type}, {card.pooling} pooling, {card.dims} dimensions, {card.max_tokens} tokens; fingerprint {card.fingerprint[:12]}"
+    )
+
+
+def _look_at_engine(settings: Settings, *, fresh: bool) -> str:
+    """Try how fast the tower embeds here, and keep the best pace for the runs of this machine."""
+    from encoder.calibration import calibrate  # noqa: PLC0415  torch loads only where a text is embedded
+    from encoder.inference import EncodeOptions, Encoder  # noqa: PLC0415
+
+    embed = settings.embed
+    options = EncodeOptions(token_budget=embed.token_budget, threads=embed.threads, lanes=embed.lanes)
+    encoder = Encoder(tower_directory(settings), tower=tower_options(settings), options=options)
+    if embed.token_budget is None and embed.lanes is None:
+        found = calibrate(encoder, cache=machine_folder(), fresh=fresh)
+        how = f"{found.tokens_per_s:,.0f} tokens/s, " + ("kept from an earlier trial" if found.kept else f"tried for {found.seconds:.0f} s")
+    else:
+        how = "as configured, not tried"
+    pace, room = encoder.pace, encoder.footprint
+    return (
+        f"{encoder.engine} on {encoder.device} in {encoder.dtype}: lanes {pace.lanes}, threads {pace.threads}, packs of "
+        f"{pace.token_budget:,} tokens ({how}); {room.weights / _MIB:.0f} MiB of weights, up to "
+        f"{room.of_pack(pace.token_budget) / _MIB:.0f} MiB a lane"
     )
 
 

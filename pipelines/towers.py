@@ -50,10 +50,23 @@ def fetch(store: Store, objects: Sequence[ManifestObject], cache: Path | None = 
         for item in objects:
             store.verify(item)
         return Path(store.uri(prefix))
-    target = _cache_folder(cache) / _name(objects)
+    target = machine_folder(cache) / _name(objects)
     if target.is_dir() and _intact(target, objects, prefix):
         return target
     return _download(store, objects, prefix, target)
+
+
+def machine_folder(cache: Path | None = None) -> Path:
+    """Return a folder of this machine that belongs to this user alone, because whoever can write to it chooses what is read."""
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        return cache
+    folder = Path(tempfile.gettempdir()) / f"catalog-embed-towers-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if folder.is_symlink() or found.st_uid != os.getuid():
+        raise InputError(f"{folder} belongs to another user. Remove it, or set TMPDIR to a folder of your own.")
+    return folder
 
 
 def _put(store: Store, ref: ObjectRef, data: Path | bytes) -> ObjectRef:
@@ -71,19 +84,6 @@ def _put(store: Store, ref: ObjectRef, data: Path | bytes) -> ObjectRef:
         store.delete(ref.key)
         raise CorruptObject(f"{store.uri(ref.key)}: the tower's file changed while it was copied. Export the tower again, and run again.")
     return ref
-
-
-def _cache_folder(cache: Path | None) -> Path:
-    """Return a folder that belongs to this user alone, because whoever can write to it chooses what is read."""
-    if cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
-        return cache
-    folder = Path(tempfile.gettempdir()) / f"catalog-embed-towers-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if folder.is_symlink() or found.st_uid != os.getuid():
-        raise InputError(f"{folder} belongs to another user. Remove it, or set TMPDIR to a folder of your own.")
-    return folder
 
 
 def _name(objects: Sequence[ManifestObject]) -> str:

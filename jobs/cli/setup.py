@@ -52,20 +52,22 @@ def init(directory: Path, products: int, seed: int, night: int | None) -> None:
 
 
 @cli.command(cls=Command)
+@click.option("--calibrate", is_flag=True, help="Try anew how the tower runs fastest here, instead of taking what is kept.")
 @output_option("text", "json")
 @click.pass_obj
-def doctor(obj: dict[str, Any], output: str) -> None:
+def doctor(obj: dict[str, Any], calibrate: bool, output: str) -> None:
     """Check the machine, the source and the store, and print every setting with its value and origin.
 
-    The store is probed: one object is written twice with put-if-absent and removed. Secrets are masked. Exits 1 when
-    a check fails.
+    The store is probed: one object is written twice with put-if-absent and removed. The tower is tried for some seconds,
+    once for each machine, and the pace that suits it is kept for the runs there. Secrets are masked. Exits 1 when a
+    check fails.
     """
     from jobs.doctor import examine
     from pipelines.layout import printable
 
     settings = settings_of(obj)
     rows = list(settings.describe())
-    checks = list(examine(settings))
+    checks = list(examine(settings, fresh=calibrate))
     if output == "json":
         listed = [{"key": key, "value": value, "origin": origin} for key, value, origin in rows]
         click.echo(json.dumps({"settings": listed, "checks": [asdict(check) for check in checks]}, indent=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -361,7 +362,17 @@ def test_doctor_passes_on_a_fresh_project_and_shows_origins(run: Run, shop: Path
     assert f"prod  ({shop})" in found.out
     assert "(default)" in found.out
     assert "put-if-absent" in found.out
+    assert re.search(r"engine +packed on cpu in float32: lanes \d+, threads \d+, packs of [\d,]+ tokens \([\d,]+ tokens/s, ", found.out)
     assert list((shop.parent / "index").rglob("*.json")) == []
+
+
+def test_doctor_tries_the_pace_anew_when_asked_and_not_where_it_is_configured(run: Run, shop: Path) -> None:
+    assert "tokens/s, tried for" in run("-c", shop, "doctor", "--calibrate").out
+    assert "tokens/s, kept from an earlier trial" in run("-c", shop, "doctor").out
+    with shop.open("a") as file:
+        file.write("embed: { lanes: 1, token_budget: 256 }\n")
+    assert "lanes 1, " in (found := run("-c", shop, "doctor").out)
+    assert "packs of 256 tokens (as configured, not tried)" in found
 
 
 def test_doctor_reports_every_failure_and_exits_1(run: Run, shop: Path) -> None:
