@@ -61,6 +61,14 @@ def calibrate(encoder: Encoder, *, cache: Path | None = None, fresh: bool = Fals
     return found
 
 
+def recall(encoder: Encoder, *, cache: Path) -> bool:
+    """Set the encoder to the pace that is kept for this machine; say whether there is one."""
+    found = _kept(cache / f"pace-{_key(encoder)}.json")
+    if found is not None:
+        encoder.pace = found.pace
+    return found is not None
+
+
 def measure(encoder: Encoder, *, most_s: float = _MOST_S) -> Calibration:
     """Try paces in turn and return the fastest; the usual one unless another is clearly faster."""
     began = time.perf_counter()

@@ -226,6 +226,8 @@ def run_options(settings: Settings, store: Store, space: Space, night: Night) ->
             gpus_per_actor=embed.gpus_per_actor,
             token_budget=embed.token_budget,
             threads=embed.threads,
+            lanes=embed.lanes,
+            tokenize=embed.tokenize,
         ),
         table=TableOptions(
             vector_index=index.lance.type,

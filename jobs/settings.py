@@ -18,6 +18,7 @@ from pipelines.gates import GateLimits, Waiver
 from pipelines.index.spec import RefreshOptions
 from pipelines.normalize import NormalizeOptions
 from pipelines.plan import Deletes, Limits
+from pipelines.pool import Tokenize
 from pipelines.schema import VECTOR_INDEXES, ProductSchema
 from pipelines.sources import SourceSpec
 from pipelines.text import Template, parse
@@ -109,7 +110,10 @@ class TowerPlace:
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """How vectors are made and kept. `vector` is how their numbers are stored; `cost_per_hour` is the price of one actor."""
+    """How vectors are made and kept. `vector` is how their numbers are stored; `cost_per_hour` is the price of one actor.
+
+    `lanes` are packs that run side by side on a CPU. `tokenize` says who makes token ids: the tasks that read the texts, `ahead`, or the `actor`; `auto` is ahead of GPUs.
+    """
 
     vector: Literal["float32", "float16"] = "float32"
     part_rows: int | None = None
@@ -117,11 +121,13 @@ class Embedding:
     gpus_per_actor: float | None = None
     token_budget: int | None = None
     threads: int | None = None
+    lanes: int | None = None
+    tokenize: Tokenize = "auto"
     cost_per_hour: float | None = None
     currency: str = "EUR"
 
     def __post_init__(self) -> None:
-        for name in ("part_rows", "actors", "token_budget", "threads"):
+        for name in ("part_rows", "actors", "token_budget", "threads", "lanes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"`{name}` is at least 1, not {value}.")
@@ -129,6 +135,8 @@ class Embedding:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < math.inf:
                 raise InputError(f"`{name}` is a number from 0, not {value}.")
+        if (gpus := self.gpus_per_actor) is not None and gpus > 1 and gpus % 1:
+            raise InputError(f"`gpus_per_actor` is a share of a GPU or a whole number of them, not {gpus:g}.")
 
 
 @dataclass(frozen=True, kw_only=True)

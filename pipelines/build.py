@@ -12,6 +12,7 @@ from encoder.registry import TowerCard, TowerOptions
 from pipelines.diff.engine import DiffOptions
 from pipelines.index.spec import RefreshOptions
 from pipelines.manifest import Manifest, ManifestObject
+from pipelines.pool import Tokenize
 from pipelines.prepare import Preparer
 from pipelines.schema import ProductSchema, table_schema
 from pipelines.storage import Store
@@ -38,13 +39,15 @@ class Space:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedOptions:
-    """How many actors embed, and what each may use."""
+    """How many actors embed, what each may use, and who tokenises."""
 
     part_rows: int | None = None
     actors: int | None = None
     gpus_per_actor: float | None = None
     token_budget: int | None = None
     threads: int | None = None
+    lanes: int | None = None
+    tokenize: Tokenize = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,13 @@
 """The embed stage on Ray Data: parts to make go in, durable parts of the vector log come out, as they finish.
 
-Tasks read the planned rows again and render them, actors hold the tower, tasks write. Parts without a forward pass need
-no actor, and start no tower. A part that is there already is verified and passed on. Never connects to Ray by itself.
+Tasks read the planned rows again and render them, and tokenise ahead where the actors have GPUs; actors hold the tower,
+tasks write. Parts without a forward pass need no actor, and start no tower. A part that is there already is verified and
+passed on. Never connects to Ray by itself.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import secrets
 import time
@@ -15,8 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -28,19 +27,23 @@ import ray.util.annotations
 
 from encoder.errors import TowerError
 from encoder.registry import TowerOptions
+from encoder.tokens import Tokenizer, Tokens
 from pipelines.careful import Note, TextEncoder, WorkerBroken, check_alive, embed_texts
+from pipelines.cargo import batch_of, embedded, facts_of, finished, text_of, to_embed
 from pipelines.contracts import Shard
 from pipelines.errors import CatalogEmbedError, EmbedError, InputError
 from pipelines.manifest import ManifestObject
 from pipelines.parts import PartDone, PartLog, PartWork, copied, distinct, from_ipc, ipc, with_vectors, without_vectors
 from pipelines.planned_rows import fetch
+from pipelines.pool import Pool, PoolOptions, Tokenize, pool
 from pipelines.prepare import Preparer
 from pipelines.schema import ACTION, ID, ID_HASH, QUARANTINE, ROW, SHARD, TEXT_HASH, VECTOR, VECTOR_TYPES
 from pipelines.storage import Store
 from pipelines.towers import fetch as fetch_tower
+from pipelines.towers import open_encoder
 from pipelines.workers import _own_errors, spread
 
-__all__ = ["EmbedJob", "PartDone", "PartWork", "open_encoder", "run_parts"]
+__all__ = ["EmbedJob", "PartDone", "PartWork", "run_parts"]
 
 _RETRIES = 3
 # So few rows without a forward pass are made faster than a worker starts.
@@ -52,36 +55,21 @@ _MAX_TASK_RETRIES = 60
 _IN_FLIGHT = 2
 # Above this many failing rows, and this share, it is the tower and not the rows.
 _MOST_FAILED_ROWS, _MOST_FAILED_RATIO = 100, 0.05
+# So many rows for an actor take minutes on a CPU, and finding the best pace some seconds.
+_WORTH_CALIBRATING = 50_000
 # When nothing at all succeeds, so few are enough.
 _ALL_FAILED_ROWS = 10
 
-# What travels between the stages: one row for each part, so that nothing on the way splits or merges parts. All stages
-# are generators: of an error in a plain function Ray Data 2.60 keeps a text, of one in a generator the error itself.
-_CARGO = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("done", pa.large_binary()),
-        ("rows", pa.large_binary()),
-        ("texts", pa.list_(pa.string())),
-        ("vectors", pa.large_binary()),
-        ("facts", pa.string()),
-    ]
-)
-
-
-def open_encoder(
-    directory: Path, *, tower: TowerOptions, fingerprint: str, token_budget: int | None, threads: int | None, device: str
-) -> Any:
-    """Open the tower of a directory, on the worker that is going to use it."""
-    from encoder.inference import EncodeOptions, Encoder  # noqa: PLC0415  torch loads only where texts are embedded
-
-    options = EncodeOptions(token_budget=token_budget, threads=threads, device=device)
-    return Encoder(directory, tower=tower, fingerprint=fingerprint, options=options)
+# The tokenizer of this worker process, under the fingerprint of its tower.
+_TOKENIZERS: dict[str, Tokenizer] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedJob:
-    """What all parts of a run share. `actors`, `gpus_per_actor` and `threads` follow the cluster where they are None."""
+    """What all parts of a run share. What is None from `actors` on follows the cluster, or the encoder's own choice.
+
+    `tokenize` says who makes ids of texts: the tasks that read them, `ahead`, or the `actor`; `auto` is ahead of GPUs.
+    """
 
     store: Store
     run_id: str
@@ -96,16 +84,20 @@ class EmbedJob:
     gpus_per_actor: float | None = None
     token_budget: int | None = None
     threads: int | None = None
+    lanes: int | None = None
+    tokenize: Tokenize = "auto"
     encoder_factory: Callable[..., Any] = open_encoder
 
     def __post_init__(self) -> None:
         if self.vector not in VECTOR_TYPES:
             raise InputError(f"vector type `{self.vector}` is unknown. Use one of: {', '.join(VECTOR_TYPES)}.")
-        for name, value in (("actors", self.actors), ("token_budget", self.token_budget), ("threads", self.threads)):
-            if value is not None and value < 1:
+        for name in ("actors", "token_budget", "threads", "lanes"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} is {value}. Use at least 1, or leave it out.")
-        if self.gpus_per_actor is not None and self.gpus_per_actor < 0:
-            raise InputError(f"gpus_per_actor is {self.gpus_per_actor}. Use 0 for CPUs, or more.")
+        if (gpus := self.gpus_per_actor) is not None and (gpus < 0 or (gpus > 1 and gpus % 1)):
+            raise InputError(f"gpus_per_actor is {gpus}. Use 0 for CPUs, a share of a GPU, or a whole number of them.")
+        if self.tokenize not in get_args(Tokenize):
+            raise InputError(f"tokenize is `{self.tokenize}`. Use one of: {', '.join(get_args(Tokenize))}.")
 
     @property
     def log(self) -> PartLog:
@@ -162,20 +154,23 @@ def run_parts(work: Iterable[PartWork], job: EmbedJob) -> Iterator[PartDone]:
 def _embed(waiting: Sequence[Any], rows: int, maker: _Maker, job: EmbedJob) -> Iterator[PartDone]:
     """Run the parts that need the tower through readers, actors and writers."""
     limit = max(_MOST_FAILED_ROWS, ceil(_MOST_FAILED_RATIO * rows))
-    pool = _pool(job, len(waiting))
+    options = PoolOptions(actors=job.actors, gpus_per_actor=job.gpus_per_actor, threads=job.threads, tokenize=job.tokenize)
+    plan = pool([node["Resources"] for node in ray.nodes() if node["Alive"]], options, parts=len(waiting))
+    bare = replace(job, shards=())
+    tokenizer = ray.remote(max_retries=_RETRIES)(_tokenizer).remote(bare) if plan.ahead else None
     plain: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     with warnings.catch_warnings():
         # As in `workers.scan`: without the bound on retries a crashing task is retried for ever.
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
         dataset = (
             ray.data.range(len(waiting), override_num_blocks=len(waiting))
-            .map_batches(_Read(maker, waiting), max_retries=_RETRIES, **plain)
+            .map_batches(_Read(maker, waiting, job.fingerprint, tokenizer), max_retries=_RETRIES, **plain)
             .map_batches(
                 _Tower,
-                fn_constructor_kwargs={"job": replace(job, shards=()), "pool": pool, "limit": limit, "session": secrets.token_hex(8)},
-                compute=ray.data.ActorPoolStrategy(size=pool.actors, max_tasks_in_flight_per_actor=_IN_FLIGHT),
-                num_cpus=pool.cpus,
-                num_gpus=pool.gpus,
+                fn_constructor_kwargs={"job": bare, "pool": plan, "rows": rows, "limit": limit, "session": secrets.token_hex(8)},
+                compute=ray.data.ActorPoolStrategy(size=plan.actors, max_tasks_in_flight_per_actor=_IN_FLIGHT),
+                num_cpus=plan.cpus,
+                num_gpus=plan.gpus,
                 max_restarts=_MAX_RESTARTS,
                 max_task_retries=_MAX_TASK_RETRIES,
                 **plain,
@@ -196,41 +191,6 @@ def _embed(waiting: Sequence[Any], rows: int, maker: _Maker, job: EmbedJob) -> I
 
 
 _ADVICE = "So it is not the rows: check the tower with `catalog-embed doctor`, and run again to resume."
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Pool:
-    """How many actors there are, and what each has."""
-
-    actors: int
-    cpus: float
-    gpus: float
-    threads: int | None
-    device: str
-
-
-def _pool(job: EmbedJob, parts: int) -> _Pool:
-    """Fit actors to the cluster, and always leave a CPU for the tasks that feed them: they would wait for each other."""
-    total = ray.cluster_resources()
-    gpus = total.get("GPU", 0.0)
-    each = job.gpus_per_actor if job.gpus_per_actor is not None else min(gpus, 1.0)
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    nodes = [cpus for cpus in nodes if cpus >= 1] or [1.0]
-    if each:
-        actors = job.actors or max(1, int(gpus / each))
-        if actors * each > gpus:
-            raise InputError(
-                f"{actors} actors with {each:g} GPUs are more than the cluster's {gpus:g}. Lower `actors` or `gpus_per_actor`."
-            )
-        cpus = 1.0 if sum(nodes) > actors else 0.0
-        return _Pool(actors=min(actors, parts), cpus=cpus, gpus=each, threads=job.threads, device="cuda")
-    # One process with all cores of its machine; the readers need little beside it.
-    actors = min(job.actors or len(nodes), parts)
-    a_node = ceil(actors / len(nodes))
-    share = (min(nodes) - 1) / a_node
-    cpus = float(int(share)) if share >= 1 else int(share * 100) / 100
-    threads = job.threads or max(1, int(min(nodes) / a_node))
-    return _Pool(actors=actors, cpus=cpus, gpus=0.0, threads=threads, device="cpu" if gpus else "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,8 +248,15 @@ def _make(maker: _Maker, sent: bytes) -> bytes:
     return done.pack()
 
 
-def _cargo(**values: Any) -> pa.Table:
-    return pa.table([pa.array([values.get(field.name)], field.type) for field in _CARGO], schema=_CARGO)
+def _tokenizer(job: EmbedJob) -> bytes:
+    """Return the tokenizer of the tower; once for all tasks, because this imports torch and reads every file of the tower."""
+    tokenizer = Tokenizer(fetch_tower(job.store, job.tower_objects), job.tower)
+    if tokenizer.card.fingerprint != job.fingerprint:
+        raise TowerError(f"expected the tower {job.fingerprint}, found {tokenizer.card.fingerprint}. Install the tower of that name.")
+    return tokenizer.to_json()
+
+
+# All stages are generators: of an error in a plain function Ray Data 2.60 keeps a text, of one in a generator the error itself.
 
 
 @dataclass(frozen=True)
@@ -298,6 +265,8 @@ class _Read:
 
     maker: _Maker
     parts: Sequence[Any]
+    fingerprint: str
+    tokenizer: Any | None
 
     def __call__(self, numbers: pa.Table) -> Iterator[pa.Table]:
         yield self._read(numbers.column(0)[0].as_py())
@@ -306,19 +275,44 @@ class _Read:
         work, log = _received(ray.get(self.parts[index])), self.maker.log
         key = log.content_key(work)
         if (done := log.existing(work, key=key)) is not None:
-            return _cargo(index=index, done=done.pack())
+            return finished(index, done.pack())
         rows, texts = self.maker.rows(work)
         first, _ = distinct(rows.column(TEXT_HASH))
-        facts = {"key": key, "number": work.number}
-        return _cargo(index=index, rows=ipc(rows), texts=texts.take(pa.array(first)).to_pylist(), facts=json.dumps(facts))
+        texts = texts.take(pa.array(first))
+        return to_embed(index, rows, texts, self._tokens(texts), {"key": key, "number": work.number, "texts": len(texts)})
+
+    def _tokens(self, texts: pa.StringArray) -> Tokens | None:
+        """Return ids made ahead. Where the tokenizer fails on a text there are none: the actor finds which text it is."""
+        if self.tokenizer is None:
+            return None
+        if (tokenizer := _TOKENIZERS.get(self.fingerprint)) is None:
+            # As many tasks run as there are cores, so each keeps to its own.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            tokenizer = Tokenizer.from_json(_got(self.tokenizer))
+            _TOKENIZERS.clear()
+            _TOKENIZERS[self.fingerprint] = tokenizer
+        try:
+            return tokenizer.tokenize(texts)
+        except Exception:  # noqa: BLE001  the library raises nothing narrower
+            return None
+
+
+def _got(reference: Any) -> bytes:
+    """Return what a task made, or raise its error without Ray's copy around it."""
+    try:
+        data: bytes = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    return data
 
 
 class _Tower:
     """The life of one actor: a tower, opened when the first texts come, and the vectors of one part after the other."""
 
-    def __init__(self, *, job: EmbedJob, pool: _Pool, limit: int, session: str) -> None:
+    def __init__(self, *, job: EmbedJob, pool: Pool, rows: int, limit: int, session: str) -> None:
         self._job = job
         self._pool = pool
+        self._rows = rows
         self._limit = limit
         self._session = session
         self._encoder: TextEncoder | None = None
@@ -327,33 +321,31 @@ class _Tower:
         """Add the vectors of a part's texts, or why there are none."""
         yield cargo if cargo.column("done")[0].is_valid else self._forward(cargo)
 
-    def _forward(self, row: pa.Table) -> pa.Table:
+    def _forward(self, cargo: pa.Table) -> pa.Table:
         encoder = self._encoder = self._encoder or self._open()
-        facts = json.loads(row.column("facts")[0].as_py())
-        texts = row.column("texts")[0].as_py()
+        facts, batch = facts_of(cargo), batch_of(cargo)
         note = Note(self._job.store, self._job.log.note_place(facts["number"]))
         attempt = note.begin(key=facts["key"], session=self._session)
         tokens, halvings, began = encoder.tokens_encoded, encoder.halvings, time.perf_counter()
         try:
-            found = embed_texts(encoder, texts, dims=self._job.dims, limit=self._limit, note=note, attempt=attempt)
+            found = embed_texts(encoder, batch, dims=self._job.dims, limit=self._limit, note=note, attempt=attempt)
         except WorkerBroken:
             os._exit(1)  # Ray starts another in its place, and the note says how to go on
         facts |= {
-            "failed": {index: [reason, texts[index]] for index, reason in found.failed.items()},
-            "texts": len(texts),
+            "failed": {index: [reason, text_of(cargo, index)] for index, reason in found.failed.items()},
             "tokens": encoder.tokens_encoded - tokens,
             "halvings": encoder.halvings - halvings,
             "seconds": time.perf_counter() - began,
             "attempts": attempt.number,
         }
-        vectors = found.vectors.astype(np.dtype(self._job.vector)).tobytes()
-        return _cargo(index=row.column("index")[0].as_py(), rows=row.column("rows")[0].as_py(), vectors=vectors, facts=json.dumps(facts))
+        return embedded(cargo, found.vectors, facts)
 
     def _open(self) -> TextEncoder:
         job, pool = self._job, self._pool
         directory = fetch_tower(job.store, job.tower_objects)
-        how = {"token_budget": job.token_budget, "threads": pool.threads, "device": pool.device}
-        encoder: TextEncoder = job.encoder_factory(directory, tower=job.tower, fingerprint=job.fingerprint, **how)
+        how = {"token_budget": job.token_budget, "threads": pool.threads, "lanes": job.lanes, "device": pool.device}
+        many = self._rows >= _WORTH_CALIBRATING * pool.actors
+        encoder: TextEncoder = job.encoder_factory(directory, tower=job.tower, fingerprint=job.fingerprint, calibrate=many, **how)
         check_alive(encoder, dims=job.dims)
         return encoder
 
@@ -372,9 +364,10 @@ class _Write:
 
     def _write(self, cargo: pa.Table) -> PartDone:
         work, log = _received(ray.get(self.parts[cargo.column("index")[0].as_py()])), self.maker.log
-        facts = json.loads(cargo.column("facts")[0].as_py())
-        values = pa.Array.from_buffers(VECTOR_TYPES[log.vector], facts["texts"] * log.dims, [None, cargo.column("vectors")[0].as_buffer()])
-        vectors = pa.FixedSizeListArray.from_arrays(values, type=log.columns.field(VECTOR).type)
+        facts = facts_of(cargo)
+        # Made float16 here and not in the actor, which has a GPU to feed.
+        values = np.frombuffer(cargo.column("vectors")[0].as_buffer(), np.float32).astype(log.vector, copy=False)
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(values), type=log.columns.field(VECTOR).type)
         failed = {int(index): (reason, text) for index, (reason, text) in facts["failed"].items()}
         rows, rejected = with_vectors(from_ipc(cargo.column("rows")[0].as_buffer()), vectors, failed)
         done = log.finish(work, rows, rejected=rejected, key=facts["key"])

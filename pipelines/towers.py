@@ -1,4 +1,7 @@
-"""The tower's files in the store, `towers/<fingerprint>/`, and back on a machine that embeds or searches: verified both ways."""
+"""The tower's files in the store, `towers/<fingerprint>/`, and back on a machine that embeds or searches: verified both ways.
+
+There the tower is opened, at the pace that suits the machine.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from encoder.registry import CARD, TowerCard
+from encoder.registry import CARD, TowerCard, TowerOptions
 from pipelines.contracts import ObjectRef
 from pipelines.errors import AlreadyExists, CorruptObject, InputError
 from pipelines.manifest import ManifestObject
@@ -54,6 +58,25 @@ def fetch(store: Store, objects: Sequence[ManifestObject], cache: Path | None = 
     if target.is_dir() and _intact(target, objects, prefix):
         return target
     return _download(store, objects, prefix, target)
+
+
+def open_encoder(directory: Path, *, tower: TowerOptions, fingerprint: str, calibrate: bool = False, **how: Any) -> Any:
+    """Open the tower of a directory, on the worker that is going to use it; `how` are fields of its EncodeOptions.
+
+    Where they leave the pace open, it is the one that is kept for this machine, or is tried out first where it is worth it.
+    """
+    from encoder import calibration  # noqa: PLC0415  torch loads only where texts are embedded
+    from encoder.inference import EncodeOptions, Encoder  # noqa: PLC0415
+
+    encoder = Encoder(directory, tower=tower, fingerprint=fingerprint, options=EncodeOptions(**how))
+    if (
+        how.get("token_budget") is None
+        and how.get("lanes") is None
+        and not calibration.recall(encoder, cache=machine_folder())
+        and calibrate
+    ):
+        calibration.calibrate(encoder, cache=machine_folder())
+    return encoder
 
 
 def machine_folder(cache: Path | None = None) -> Path:

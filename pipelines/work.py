@@ -126,6 +126,8 @@ def _job(build: Build, shards: Sequence[Shard]) -> EmbedJob:
         gpus_per_actor=options.gpus_per_actor,
         token_budget=options.token_budget,
         threads=options.threads,
+        lanes=options.lanes,
+        tokenize=options.tokenize,
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -18,7 +19,8 @@ import pyarrow.compute as pc
 
 from encoder.errors import TowerError
 from encoder.registry import TowerOptions, read_card
-from pipelines.embed import EmbedJob, PartDone, PartWork, open_encoder, run_parts
+from encoder.tokens import Tokenizer, Tokens
+from pipelines.embed import EmbedJob, PartDone, PartWork, run_parts
 from pipelines.normalize import NormalizeOptions
 from pipelines.prepare import Preparer
 from pipelines.schema import (
@@ -36,7 +38,7 @@ from pipelines.schema import (
 from pipelines.storage import Store
 from pipelines.stores.parquet import read_part
 from pipelines.text import parse
-from pipelines.towers import install
+from pipelines.towers import install, open_encoder
 from tests.towers import tiny_tower
 
 Floats = npt.NDArray[np.float32]
@@ -132,6 +134,14 @@ class WordEncoder:
         self.tokens_encoded += sum(len(text.split()) for text in texts)
         return word_vectors(texts)
 
+    def encode_tokens(self, tokens: Tokens) -> Floats:
+        return self.encode(["".join(map(chr, tokens[row : row + 1].ids)) for row in range(len(tokens))])
+
+
+def spelled(texts: Sequence[str]) -> Tokens:
+    """Return texts as ids that `WordEncoder` reads: one for each character."""
+    return Tokens(ids=np.array([ord(letter) for text in texts for letter in text], np.int32), offsets=np.cumsum([0, *map(len, texts)]))
+
 
 def word_vectors(texts: Sequence[str]) -> Floats:
     digests = b"".join(blake2b(text.encode(), digest_size=DIMS).digest() for text in texts)
@@ -144,42 +154,49 @@ class Faults:
     """Opens encoders that fail on texts with a word such as `zyzzyva-kill`. In the folder `marks` every call leaves its size.
 
     `raise`, `nan`, `zero`, `tower` (a TowerError), `kill` (SIGKILL), `once` (SIGKILL the first time), `stuck` (this and
-    every later call raises). With `small`, a forward of more tokens is out of memory.
+    every later call raises). With `small`, a forward of more tokens is out of memory. No encoder opens before `together` do.
     """
 
     marks: Path
     real: bool = False
     every: bool = False
     small: int | None = None
+    together: int = 1
 
     def __call__(self, directory: Path, **how: Any) -> FaultyEncoder:
-        (self.marks / f"opened-{os.getpid()}").touch()
-        inner = open_encoder(directory, **how) if self.real else WordEncoder()
+        (self.marks / f"opened-{os.getpid()}").write_text(str(how["device"]))
+        deadline = time.monotonic() + 60
+        while len(list(self.marks.glob("opened-*"))) < self.together:
+            if time.monotonic() > deadline:
+                raise TowerError(f"{self.together} encoders were to be open at one time")
+            time.sleep(0.05)
+        # A cluster of these tests may say that it has GPUs.
+        inner = open_encoder(directory, **how | {"device": "cpu"}) if self.real else WordEncoder()
         if self.small is not None:
             _make_small(inner, self.small)
-        return FaultyEncoder(self, inner)
+        return FaultyEncoder(self, inner, Tokenizer(directory, how["tower"]) if self.real else None)
 
 
 def _make_small(encoder: Any, tokens: int) -> None:
     import torch
 
-    forward = encoder._forward
+    model = encoder._tower.model
 
-    def limited(ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Floats:
-        if ids.size > tokens:
+    def limited(*, input_ids: torch.Tensor, **options: Any) -> Any:
+        if input_ids.numel() > tokens:
             raise torch.OutOfMemoryError
-        found: Floats = forward(ids, lengths)
-        return found
+        return model(input_ids=input_ids, **options)
 
-    encoder._forward = limited
+    encoder._tower.model = limited
 
 
 class FaultyEncoder:
     """An encoder whose faults are its own, and whose vectors are another's."""
 
-    def __init__(self, faults: Faults, inner: Any) -> None:
+    def __init__(self, faults: Faults, inner: Any, tokenizer: Tokenizer | None) -> None:
         self._faults = faults
         self._inner = inner
+        self._tokenizer = tokenizer
         self._stuck = False
 
     @property
@@ -191,6 +208,19 @@ class FaultyEncoder:
         return int(self._inner.halvings)
 
     def encode(self, texts: Sequence[str]) -> Floats:
+        return self._encode(texts, lambda: self._inner.encode(texts))
+
+    def encode_tokens(self, tokens: Tokens) -> Floats:
+        (self._faults.marks / "ids-came").touch()
+        return self._encode([*map(self._said, tokens.to_arrow().to_pylist())], lambda: self._inner.encode_tokens(tokens))
+
+    def _said(self, ids: Sequence[int]) -> str:
+        """Return the words of a text, which faults are known by."""
+        if self._tokenizer is None:
+            return ""
+        return " ".join(map(self._tokenizer._backend.id_to_token, ids)).replace(" ##", "").replace(" - ", "-")
+
+    def _encode(self, texts: Sequence[str], forward: Callable[[], Floats]) -> Floats:
         marks = self._faults.marks
         with (marks / "calls").open("a") as file:
             file.write(f"{len(texts)}\n")
@@ -208,7 +238,7 @@ class FaultyEncoder:
             raise RuntimeError("CUDA error: device-side assert triggered")
         if poisoned("tower"):
             raise TowerError("the tower is not as it was")
-        vectors: Floats = self._inner.encode(texts)
+        vectors = forward()
         vectors[poisoned("nan")] = np.nan
         vectors[poisoned("zero")] = 0
         if self._faults.every and list(texts) != ["a"]:
@@ -234,9 +264,9 @@ class Setup:
         return pa.concat_tables(tables).sort_by(ID)
 
 
-def setup(root: Path, shards: Sequence[TableShard], *, vector: str = "float32", **faults: Any) -> Setup:
+def setup(root: Path, shards: Sequence[TableShard], *, vector: str = "float32", tower: Path | None = None, **faults: Any) -> Setup:
     """Prepare a store and a job for these shards."""
-    tower, marks = tiny_tower(root / "tower", dims=DIMS), root / "marks"
+    tower, marks = tower or tiny_tower(root / "tower", dims=DIMS), root / "marks"
     marks.mkdir()
     store = Store.open(root / "store")
     options = TowerOptions(template_digest=PREPARER.template.digest)

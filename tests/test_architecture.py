@@ -28,8 +28,10 @@ FLOORS: list[list[str]] = [
     ["pipelines.candidate", "pipelines.work"],
     ["pipelines.build"],
     ["pipelines.planning", "pipelines.embed", "pipelines.reader", "pipelines.probes", "pipelines.retention"],
+    ["pipelines.cargo"],
     ["pipelines.publish", "pipelines.leases", "pipelines.towers", "pipelines.parts", "pipelines.planned_rows", "pipelines.careful"],
     [
+        "pipelines.pool",
         "pipelines.prepare",
         "pipelines.sources.",
         "pipelines.diff.",

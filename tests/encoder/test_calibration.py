@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from encoder.calibration import calibrate, measure, sample
+from encoder.calibration import calibrate, measure, recall, sample
 from encoder.engine import Pace
 from encoder.inference import EncodeOptions, Encoder
 from encoder.registry import TowerOptions
@@ -133,3 +133,13 @@ def test_the_sample_has_the_lengths_of_product_texts() -> None:
     assert 150 < np.quantile(tokens.lengths, 0.95) < 210
     assert tokens.ids.max() < 1000
     assert sample(1, vocabulary=10, max_tokens=8).ids.size > 0
+
+
+def test_a_kept_pace_is_recalled_without_a_trial(tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(tower, options=EncodeOptions(threads=2))
+    assert not recall(encoder, cache=tmp_path)
+    clock = Clock(monkeypatch, encoder, lambda pace: 1e6 * (2 if pace.lanes == 1 else 1))
+    calibrate(encoder, cache=tmp_path)
+    trials, encoder.pace = len(clock.tried), replace(encoder.pace, lanes=2)
+    assert recall(encoder, cache=tmp_path)
+    assert (encoder.lanes, len(clock.tried)) == (1, trials)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from jobs.config import FILE_NAME, read_file
 from jobs.settings import SECTIONS, Settings, load
 from pipelines.errors import InputError
+from tests.towers import tiny_tower
 
 MINIMAL = "project: shop\nsource: { type: parquet, path: catalog/, attributes: attributes }\n"
 
@@ -172,6 +174,40 @@ def test_an_error_about_a_variable_does_not_show_what_it_stood_for(tmp_path: Pat
 def test_a_column_that_nothing_reads_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="maps `titel`, which neither"):
         settings(tmp_path, MINIMAL.replace(" }", ", columns: { titel: name } }"))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("lanes: 0", "`lanes` is at least 1, not 0"),
+        ("token_budget: -1", "`token_budget` is at least 1, not -1"),
+        ("gpus_per_actor: -0.5", "`gpus_per_actor` is a number from 0, not -0.5"),
+        ("gpus_per_actor: 1.5", "`gpus_per_actor` is a share of a GPU or a whole number of them, not 1.5"),
+        ("tokenize: later", "auto, ahead, actor"),
+        ("lane: 2", "Did you mean `lanes`"),
+    ],
+)
+def test_an_embed_setting_that_no_run_could_use_is_refused_on_loading(tmp_path: Path, given: str, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        settings(tmp_path, MINIMAL + f"embed: {{ {given} }}\n")
+
+
+def test_what_the_embed_section_says_reaches_the_run(tmp_path: Path) -> None:
+    from jobs.nightly import Night, make_space, open_store, run_options
+    from pipelines.build import EmbedOptions
+
+    said: dict[str, Any] = {
+        "part_rows": 5000,
+        "actors": 3,
+        "gpus_per_actor": 0.5,
+        "token_budget": 2048,
+        "threads": 7,
+        "lanes": 2,
+        "tokenize": "ahead",
+    }
+    loaded = settings(tmp_path, MINIMAL + f"tower: {{ path: {tiny_tower(tmp_path / 'tower')} }}\nembed: {json.dumps(said)}\n")
+    store = open_store(loaded)
+    assert run_options(loaded, store, make_space(loaded, store), Night()).embedding == EmbedOptions(**said)
 
 
 def test_every_option_of_every_section_is_described(tmp_path: Path) -> None:

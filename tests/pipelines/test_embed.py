@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -36,9 +37,11 @@ from tests.embedding import (
     gone,
     matrix,
     setup,
+    spelled,
     titles,
     word_vectors,
 )
+from tests.towers import tiny_tower
 
 # Rows of the run in which workers are killed.
 MANY_ROWS = 100_000
@@ -72,8 +75,9 @@ class Mortal(WordEncoder):
         return super().encode(texts)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_whatever_texts_kill_the_worker_exactly_they_are_given_up(tmp_path: Path, seed: int) -> None:
+def test_whatever_texts_kill_the_worker_exactly_they_are_given_up(tmp_path: Path, seed: int, ahead: bool) -> None:
     draws = random.Random(seed)
     texts = [f"text {number}" for number in range(draws.choice([1, 2, 7, 50, 333]))]
     deadly = set(draws.sample(texts, min(len(texts), seed % 4)))
@@ -81,7 +85,8 @@ def test_whatever_texts_kill_the_worker_exactly_they_are_given_up(tmp_path: Path
     for _ in range(MAX_ATTEMPTS):
         attempt = note.begin(key="k", session="s")
         try:
-            found = embed_texts(Mortal(deadly), texts, dims=DIMS, limit=100, note=note, attempt=attempt)
+            batch = spelled(texts) if ahead else texts
+            found = embed_texts(Mortal(deadly), batch, dims=DIMS, limit=100, note=note, attempt=attempt)
         except Died:
             continue
         break
@@ -126,18 +131,33 @@ class Faulty(WordEncoder):
         return vectors
 
 
-def embed_alone(tmp_path: Path, encoder: WordEncoder, texts: list[str], limit: int = 100) -> dict[int, str]:
+def embed_alone(tmp_path: Path, encoder: WordEncoder, texts: list[str], limit: int = 100, *, ahead: bool = False) -> dict[int, str]:
     note = Note(Store.open(tmp_path), "runs/r1/attempts/part-00000.json")
-    found = embed_texts(encoder, texts, dims=DIMS, limit=limit, note=note, attempt=note.begin(key="k", session="s"))
+    found = embed_texts(
+        encoder, spelled(texts) if ahead else texts, dims=DIMS, limit=limit, note=note, attempt=note.begin(key="k", session="s")
+    )
     good = [index for index in range(len(texts)) if index not in found.failed]
     np.testing.assert_array_equal(found.vectors[good], word_vectors([texts[index] for index in good]))
     return dict(found.failed)
 
 
-def test_texts_that_raise_or_give_no_number_are_found_among_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_texts_that_raise_or_give_no_number_are_found_among_the_others(tmp_path: Path, ahead: bool) -> None:
     texts = [f"text {number}" for number in range(100)]
-    failed = embed_alone(tmp_path, Faulty(bad={"text 3", "text 77"}, nan={"text 76", "text 99"}), texts)
+    failed = embed_alone(tmp_path, Faulty(bad={"text 3", "text 77"}, nan={"text 76", "text 99"}), texts, ahead=ahead)
     assert failed == {3: FAILED, 77: FAILED, 76: NOT_FINITE, 99: NOT_FINITE}
+
+
+@pytest.mark.parametrize("length", [1e-30, 1e30])
+def test_vectors_whose_squares_are_no_float32_are_as_good_as_others(tmp_path: Path, length: float) -> None:
+    class Scaled(WordEncoder):
+        def encode(self, texts: Sequence[str]) -> Floats:
+            return super().encode(texts) * np.float32(length)
+
+    note = Note(Store.open(tmp_path), "runs/r1/attempts/part-00000.json")
+    found = embed_texts(Scaled(), ["red", "blue"], dims=DIMS, limit=9, note=note, attempt=note.begin(key="k", session="s"))
+    assert not found.failed
+    np.testing.assert_array_equal(found.vectors, word_vectors(["red", "blue"]) * np.float32(length))
 
 
 def test_a_tower_that_fails_on_everything_stops_instead_of_emptying_the_catalog(tmp_path: Path) -> None:
@@ -152,9 +172,10 @@ def test_a_tower_that_fails_on_everything_stops_instead_of_emptying_the_catalog(
         check_alive(WordEncoder(), dims=DIMS + 1)
 
 
-def test_a_process_in_which_every_call_fails_is_given_up_and_no_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_process_in_which_every_call_fails_is_given_up_and_no_text(tmp_path: Path, ahead: bool) -> None:
     with pytest.raises(WorkerBroken):
-        embed_alone(tmp_path, Faulty(poison="text 7"), [f"text {number}" for number in range(20)])
+        embed_alone(tmp_path, Faulty(poison="text 7"), [f"text {number}" for number in range(20)], ahead=ahead)
 
 
 # Planned rows, without Ray.
@@ -232,7 +253,15 @@ def test_a_part_is_its_content_and_another_content_is_refused(tmp_path: Path) ->
 
 def test_job_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     job = setup(tmp_path, []).job
-    for wrong in ({"vector": "int8"}, {"actors": 0}, {"threads": 0}, {"token_budget": 0}, {"gpus_per_actor": -1.0}):
+    for wrong in (
+        {"vector": "int8"},
+        {"actors": 0},
+        {"threads": 0},
+        {"token_budget": 0},
+        {"gpus_per_actor": -1.0},
+        {"gpus_per_actor": 1.5},
+        {"tokenize": "now"},
+    ):
         with pytest.raises(InputError):
             replace(job, **wrong)
 
@@ -313,6 +342,69 @@ def test_vectors_are_those_of_the_tower_and_each_text_is_forwarded_once(tmp_path
     assert again[0].object is not None
     assert done[0].object is not None
     assert again[0].object.sha256 == done[0].object.sha256
+
+
+def without_unknown(tower: Path) -> Path:
+    """Return the tower with a tokenizer that raises on a letter that it does not know."""
+    for name, change in (
+        ("tokenizer.json", {"model": {"unk_token": "[NONE]"}}),
+        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"}),
+    ):
+        tree = json.loads((tower / name).read_text())
+        for key, value in change.items():
+            tree[key] = tree[key] | value if isinstance(value, dict) else value
+        (tower / name).write_text(json.dumps(tree))
+    return tower
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ids_made_ahead_give_the_same_parts_also_of_texts_that_the_tower_or_its_tokenizer_raises_on(tmp_path: Path) -> None:
+    words = titles(600, poison={260: "raise", 490: "nan"})
+    words[17] += " 漢字"
+    shard = TableShard.of("s0", catalog(words))
+    env = setup(tmp_path, [shard], tower=without_unknown(tiny_tower(tmp_path / "tower", dims=DIMS)), real=True)
+    work = dealt(changes([shard]), 200)
+    plain = env.run(work, tokenize="auto")
+    assert not (tmp_path / "marks" / "ids-came").exists()
+    ahead = env.run(work, tokenize="ahead", run_id="r2")
+    assert (tmp_path / "marks" / "ids-came").exists()
+    assert [item.object and item.object.sha256 for item in ahead] == [item.object and item.object.sha256 for item in plain]
+    assert [item.rejected for item in ahead] == [item.rejected for item in plain]
+    rejected = pa.concat_tables([item.rejected for item in ahead]).sort_by(ID).to_pylist()
+    assert [(row[ID], row[REASON]) for row in rejected] == [("p000017", FAILED), ("p000260", FAILED), ("p000490", NOT_FINITE)]
+    assert [bytes(row["excerpt"]).decode() for row in rejected] == [f"{words[n]} by brand {n % 7}" for n in (17, 260, 490)]
+    assert [(item.texts, item.tokens > 0) for item in ahead] == [(200, True)] * 3
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_tower_whose_tokenizer_cannot_be_read_ahead_comes_out_as_itself(tmp_path: Path) -> None:
+    shard = TableShard.of("s0", catalog(titles(20)))
+    env = setup(tmp_path, [shard])
+    with pytest.raises(TowerError, match=r"^expected the tower 0000, found [0-9a-f]{64}\. Install the tower of that name\.$"):
+        env.run(dealt(changes([shard]), 20), tokenize="ahead", fingerprint="0000")
+
+
+_ON_GPUS = """
+import sys
+from pathlib import Path
+import ray
+from tests.embedding import *
+ray.init(num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=128 << 20)
+shard = TableShard.of("s0", catalog(titles(300)))
+env = setup(Path(sys.argv[1]), [shard], together=2)
+print("ROWS", sum(done.rows for done in env.run(dealt(changes([shard]), 50), gpus_per_actor=0.5)))
+"""
+
+
+def test_two_actors_share_a_gpu_and_are_handed_ids(tmp_path: Path) -> None:
+    """The GPU is one that Ray is told of; the encoder of the test stays on the CPU."""
+    root = Path(__file__).parents[2]
+    found = subprocess.run(
+        [sys.executable, "-c", _ON_GPUS, str(tmp_path)], cwd=root, check=False, capture_output=True, text=True, timeout=120
+    )
+    assert "ROWS 300" in found.stdout, found.stderr[-2000:]
+    assert [path.read_text() for path in (tmp_path / "marks").glob("opened-*")] == ["cuda", "cuda"]
+    assert (tmp_path / "marks" / "ids-came").exists()
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from encoder.calibration import Calibration
+from encoder.engine import Pace
 from encoder.registry import TowerCard, TowerOptions, read_card
 from pipelines.errors import CorruptObject, InputError
 from pipelines.storage import Store
-from pipelines.towers import fetch, install
+from pipelines.towers import fetch, install, open_encoder
 from tests.towers import tiny_tower
 
 if TYPE_CHECKING:
@@ -97,3 +99,17 @@ def test_a_bucket_that_holds_other_bytes_is_refused(tmp_path: Path, tower: tuple
     assert list((tmp_path / "cache").iterdir()) == []
     with pytest.raises(InputError, match="below one folder"):
         fetch(store, [*objects, replace(objects[0], key="towers/other/x")])
+
+
+def test_a_tower_is_opened_at_the_pace_that_is_kept_or_tried_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tiny_tower(tmp_path / "tower")
+    monkeypatch.setattr("pipelines.towers.machine_folder", lambda: tmp_path)
+    odd = Calibration(pace=Pace(token_budget=777), tokens_per_s=2.0, usual_tokens_per_s=1.0, seconds=1.0)
+    monkeypatch.setattr("encoder.calibration.measure", lambda _: odd)
+    opened: Any = {"tower": TowerOptions(), "fingerprint": read_card(place).fingerprint}
+    assert open_encoder(place, **opened).token_budget == 1024
+    assert open_encoder(place, **opened, calibrate=True, token_budget=99).token_budget == 99
+    assert open_encoder(place, **opened).token_budget == 1024
+    assert open_encoder(place, **opened, calibrate=True).token_budget == 777
+    assert open_encoder(place, **opened).token_budget == 777
+    assert open_encoder(place, **opened, lanes=1).token_budget == 1024
