@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint format bench bench-diff constraints clean
+.PHONY: help demo test lint format bench bench-diff bench-encode constraints clean
 help:
 	@echo "make demo         install what the product needs, make a sample shop, index it and its next night, search it"
 	@echo "make test         install what the tests need and run them all"
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make bench        the benchmarks of docs/experiments.md"
+	@echo "make bench-encode the encoder against its rivals and its limit, in turns, on this machine's CPU"
 	@echo "make constraints  write the installed versions to constraints.txt"
 
 $(BIN)/pip:
@@ -56,6 +57,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.bench_night --rows 200000
 	$(BIN)/python -m tests.bench.bench_embed --rows 200000 --tower tiny
 	$(BIN)/python -m tests.bench.bench_embed --rows 10000 --tower minilm
+
+# Some 20 minutes on two cores; `BENCH="--texts 600"` for a glance. The result and its chart are in build/.
+bench-encode: $(VENV)/.dev
+	$(BIN)/python -m encoder.bench --device cpu --tower minilm --out build/bench-encode.json $(BENCH)
 
 constraints: $(VENV)/.dev
 	(head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//') > constraints.new && mv constraints.new constraints.txt

@@ -60,6 +60,7 @@ FLOORS: list[list[str]] = [
     ["pipelines.contracts"],
     ["pipelines.schema"],
     ["pipelines.errors"],
+    ["encoder.bench."],
     ["encoder.calibration"],
     ["encoder.inference"],
     ["encoder.engine"],
@@ -87,6 +88,7 @@ HOMES: dict[str, set[str]] = {
     "deltalake": {"pipelines.sources.delta"},
     "torch": {
         "encoder.attention",
+        "encoder.bench.",
         "encoder.calibration",
         "encoder.engine",
         "encoder.fast_linear",
@@ -96,6 +98,7 @@ HOMES: dict[str, set[str]] = {
         "encoder.pooling",
         "encoder.tower",
     },
+    "transformers": {"encoder.attention", "encoder.bench.", "encoder.fast_linear", "encoder.loading", "encoder.tokens"},
     "faiss": {"pipelines.index."},
     "lancedb": {"pipelines.stores.lance."},
     "rich": {"jobs.progress"},
