@@ -41,7 +41,7 @@ from pipelines.schema import ACTION, ID, ID_HASH, QUARANTINE, ROW, SHARD, TEXT_H
 from pipelines.storage import Store
 from pipelines.towers import fetch as fetch_tower
 from pipelines.towers import open_encoder
-from pipelines.workers import _own_errors, spread
+from pipelines.workers import own_errors, spread
 
 __all__ = ["EmbedJob", "PartDone", "PartWork", "run_parts"]
 
@@ -135,7 +135,7 @@ def run_parts(work: Iterable[PartWork], job: EmbedJob) -> Iterator[PartDone]:
 
     in_flight = max(2, int(ray.cluster_resources().get("CPU", 1)))
     try:
-        with _own_errors():
+        with own_errors():
             for packed in spread(_make, others(), in_flight=in_flight):
                 yield PartDone.unpack(packed)
             yield from map(PartDone.unpack, here)

@@ -58,7 +58,7 @@ def scan(shards: Sequence[Shard], prepare: Prepare) -> Iterator[pa.Table]:
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
         numbers = ray.data.range(len(shards), override_num_blocks=len(shards))
         dataset = numbers.map_batches(read, batch_size=1, batch_format="pyarrow", zero_copy_batch=True, max_retries=_RETRIES)
-    with _own_errors():
+    with own_errors():
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
@@ -66,7 +66,7 @@ def spread(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], *
     """Call a function with each of the arguments on the cluster, at most `in_flight` at a time; results as they finish."""
     task = ray.remote(max_retries=_RETRIES)(function)
     waiting: list[Any] = []
-    with _own_errors():
+    with own_errors():
         for argument in arguments:
             waiting.append(task.remote(*argument))
             if len(waiting) >= in_flight:
@@ -76,7 +76,7 @@ def spread(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], *
 
 
 @contextmanager
-def _own_errors() -> Iterator[None]:
+def own_errors() -> Iterator[None]:
     """Bring our own errors back from a worker; others stay as Ray reports them."""
     try:
         yield
