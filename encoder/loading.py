@@ -16,15 +16,25 @@ from encoder.architectures import ARCHITECTURES
 from encoder.errors import TowerError
 from encoder.registry import Dtype, TowerCard
 
+_DEVICES = "auto, cpu, cuda, cuda:<number> or mps"
+
 
 def choose_device(name: str) -> torch.device:
     """Return the device of this name; `auto` takes an accelerator where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise TowerError(f"device is {name!r}. Choose auto, cpu, cuda, cuda:<number> or mps.") from error
+        raise TowerError(f"device is {name!r}. Choose {_DEVICES}.") from error
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device.type not in there:
+        raise TowerError(f"device is {name!r}. Choose {_DEVICES}.")
+    if (device.index or 0) >= there[device.type]:
+        raise TowerError(
+            f"device is {name!r}, and there are {there[device.type]} of that kind here. Choose auto or cpu, or mend the driver."
+        )
+    return device
 
 
 def choose_dtype(name: Dtype, device: torch.device) -> torch.dtype:

@@ -236,8 +236,11 @@ def test_impossible_options_are_refused(options: dict[str, int], name: str) -> N
 
 def test_an_unknown_device_is_refused(tower: Path) -> None:
     assert Encoder(tower, options=EncodeOptions(device="cpu")).device == "cpu"
-    with pytest.raises(TowerError, match="device is 'gpu'"):
-        Encoder(tower, options=EncodeOptions(device="gpu"))
+    for name in ("gpu", "", "cpu:x", "meta"):
+        with pytest.raises(TowerError, match=f"device is '{name}'. Choose auto, cpu"):
+            Encoder(tower, options=EncodeOptions(device=name))
+    with pytest.raises(TowerError, match="device is 'cuda:99', and there are"):
+        Encoder(tower, options=EncodeOptions(device="cuda:99"))
 
 
 def test_encoding_writes_nothing_and_needs_no_pipeline(tower: Path) -> None:
