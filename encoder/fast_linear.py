@@ -36,10 +36,10 @@ class FastLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
         return product
 
 
-def quicken(model: nn.Module, *, dtype: torch.dtype) -> bool:
-    """Replace the linear layers of a model on a CPU, where its number format and the build allow it. Say whether."""
+def quicken(model: nn.Module, *, dtype: torch.dtype) -> None:
+    """Replace the linear layers of a model on a CPU, where its number format and the build allow it."""
     if not _available(dtype):
-        return False
+        return
     for module in list(model.modules()):
         fused = _fuses_gelu(module)
         for name, layer in list(module.named_children()):
@@ -47,7 +47,6 @@ def quicken(model: nn.Module, *, dtype: torch.dtype) -> bool:
                 setattr(module, name, FastLinear(layer, then="gelu" if fused and name == "dense" else "none"))
         if fused:
             module.intermediate_act_fn = nn.Identity()
-    return True
 
 
 def _fuses_gelu(module: nn.Module) -> bool:

@@ -35,9 +35,13 @@ class Tower:
         self.device = choose_device(device)
         self.dtype = choose_dtype(card.dtype, self.device)
         self._architecture = ARCHITECTURES[card.model_type]
-        self.way: Way = way or self._best_way()
-        if self.way == "packed" and not self._architecture.packs:
-            raise TowerError(f"{card.model_type} models cannot be packed. Leave the engine to `auto`, which pads them.")
+        best = self._best_way()
+        self.way: Way = way or best
+        if way == "packed" and best == "padded":
+            raise TowerError(
+                f"{card.model_type} models in {str(self.dtype).removeprefix('torch.')} cannot be packed on {self.device}. "
+                "Leave the engine to `auto`, which pads them."
+            )
         register()
         attention = PACKED if self.way == "packed" else "sdpa" if self._architecture.packs else "eager"
         self.model = load_model(directory, card, dtype=self.dtype, attention=attention).to(self.device)
@@ -46,7 +50,8 @@ class Tower:
         self.footprint = footprint(self.model, dtype=self.dtype, scores_of=0 if self._architecture.packs else card.max_tokens)
         self._options: dict[str, Any] = {"use_cache": False} if self._architecture.cached else {}
         self.varlen = self.device.type == "cuda"
-        self.quick = not plain and self.device.type == "cpu" and quicken(self.model, dtype=self.dtype)
+        if not plain and self.device.type == "cpu":
+            quicken(self.model, dtype=self.dtype)
 
     def _best_way(self) -> Way:
         """Pack where the model and the device allow it; on CUDA that takes flash attention, and so a short number format."""
