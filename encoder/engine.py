@@ -63,21 +63,24 @@ class Engine:
         return vectors
 
     def halve(self, size: int) -> None:
-        """Halve the budget until a pack of this size is above it, and give cached memory back."""
+        """Halve the budget until a pack of this size is above it."""
         while self.pace.token_budget > 1 and self.pace.token_budget >= size:
             self.pace = replace(self.pace, token_budget=self.pace.token_budget // 2)
             self.halvings += 1
-        if self._tower.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _in_lanes(self, shift: _Shift, lanes: int) -> None:
-        """Let every lane take packs until none is left."""
+        """Let every lane take packs until none is left, or until the caller is interrupted."""
         threads = torch.get_num_threads()
-        share = max(1, self.pace.threads // self.pace.lanes)
+        share = max(1, self.pace.threads // lanes)
         try:
             with ThreadPoolExecutor(lanes, thread_name_prefix="lane", initializer=torch.set_num_threads, initargs=(share,)) as pool:
-                for lane in [pool.submit(shift.work, self._tower, pad_id=self._pad_id) for _ in range(lanes)]:
-                    lane.result()
+                running = [pool.submit(shift.work, self._tower, pad_id=self._pad_id) for _ in range(lanes)]
+                try:
+                    for lane in running:
+                        lane.result()
+                except BaseException:
+                    shift.stop()
+                    raise
         finally:
             torch.set_num_threads(threads)  # what a lane sets is also what threads to come begin with
 
@@ -90,6 +93,7 @@ class _Shift:
         self._window = window
         self._vectors = vectors
         self._left = deque([(0, len(window))])
+        self._tried: set[int] = set()
         self._lock = threading.Lock()
 
     def work(self, tower: Tower, *, pad_id: int) -> None:
@@ -105,9 +109,13 @@ class _Shift:
                 while flights:
                     self._land(flights.popleft())
         except BaseException:
-            with self._lock:
-                self._left.clear()
+            self.stop()
             raise
+
+    def stop(self) -> None:
+        """Hand out no more packs."""
+        with self._lock:
+            self._left.clear()
 
     def _take(self, *, padding: bool) -> tuple[int, int] | None:
         """Return the next texts to run, by their places in the window."""
@@ -122,19 +130,33 @@ class _Shift:
             return None
 
     def _launch(self, tower: Tower, place: tuple[int, int], pad_id: int) -> _Flight | None:
-        """Run a pack; where it does not fit in memory, put its texts back under a smaller budget. One text must fit."""
+        """Run a pack; where it does not fit in memory, put its texts back. One text must fit."""
         pack = self._window.pack(*place)
         try:
             vectors = tower(pack, pad_id=pad_id)
             return _Flight(rows=pack.rows, **_homeward(vectors))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if len(pack.rows) == 1 or not _is_out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error) or (len(pack.rows) == 1 and place[0] in self._tried):
                 raise
         # Here the exception is gone, and with it the tensors of the pack that its traceback holds.
-        with self._lock:
-            self._engine.halve(pack.size(padding=tower.way == "padded"))
-            self._left.appendleft(place)
+        if tower.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._put_back(place, size=pack.size(padding=tower.way == "padded"))
         return None
+
+    def _put_back(self, place: tuple[int, int], *, size: int) -> None:
+        """Try a pack once more, for others may have held the memory; then under a smaller budget. The last one is split alone."""
+        start, end = place
+        with self._lock:
+            if start not in self._tried:
+                self._tried.add(start)
+                self._left.appendleft(place)
+            elif start == 0 or end < len(self._window):
+                self._engine.halve(size)
+                self._left.appendleft(place)
+            else:  # a short pack says nothing about full ones
+                middle = (start + end) // 2
+                self._left.extendleft([(middle, end), (start, middle)])
 
     def _land(self, flight: _Flight) -> None:
         """Wait for the vectors of a pack, and put them where their texts stand."""
@@ -159,10 +181,12 @@ def _homeward(vectors: torch.Tensor) -> dict[str, Any]:
     if not vectors.is_cuda:
         return {"vectors": home, "arrived": None}
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(vectors.device))  # that of the vectors' device, which need not be the current one
     return {"vectors": home, "arrived": arrived}
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Say whether memory ran out; on a CPU torch tells it by the words alone."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Say whether memory ran out; beside its own error torch and the libraries below it tell so by words alone."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ("allocate memory", "out of memory", "ALLOC_FAILED"))

@@ -51,9 +51,13 @@ class EncodeOptions:
     engine: EngineName = "auto"
 
     def __post_init__(self) -> None:
-        for name, value in (("token_budget", self.token_budget), ("threads", self.threads), ("lanes", self.lanes)):
-            if value is not None and value < 1:
-                raise EncoderError(f"{name} is {value}. Give 1 or more, or leave it out.")
+        for name, value, most in (
+            ("token_budget", self.token_budget, 1 << 30),
+            ("threads", self.threads, 1024),
+            ("lanes", self.lanes, 1024),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
+                raise EncoderError(f"{name} is {value!r}. Give a whole number from 1 to {most:,}, or leave it out.")
         if self.engine not in get_args(EngineName):
             raise EncoderError(f"engine is {self.engine!r}. Choose one of {', '.join(get_args(EngineName))}.")
 
@@ -72,6 +76,7 @@ class Encoder:
         fingerprint: str | None = None,
         options: EncodeOptions = _PLAIN,
     ) -> None:
+        directory = Path(directory)
         self.card = read_card(directory, tower)
         if fingerprint is not None and fingerprint != self.card.fingerprint:
             raise TowerError(f"{directory}: expected the tower {fingerprint}, found {self.card.fingerprint}. Give the tower of that name.")
@@ -157,8 +162,6 @@ class Encoder:
 
     def encode(self, texts: Texts, *, kind: Kind = "document") -> Floats:
         """Return a unit vector for each text, in order. Numbers that are not finite are the caller's to find."""
-        if len(texts) < 2 or isinstance(texts, str):  # noqa: PLR2004 - one text cannot be there twice
-            return self.encode_tokens(self.tokenize(texts, kind=kind))
         distinct, places = _distinct(texts)
         windows = [self.encode_tokens(tokens) for tokens in self._ahead(distinct, kind)]
         vectors = windows[0] if len(windows) == 1 else np.concatenate(windows)
@@ -174,6 +177,8 @@ class Encoder:
             raise EncoderError(
                 f"Token ids reach {tokens.ids.max()}, and the tower knows {self._tower.vocabulary}: another tower made them."
             )
+        if len(tokens) and (longest := int(tokens.lengths.max())) > self.card.max_tokens:
+            raise EncoderError(f"A text has {longest} token ids, and the tower reads {self.card.max_tokens}. Let its own tokenizer cut it.")
         vectors = self._engine.run(tokens)
         self.tokens_encoded += tokens.ids.size
         self.texts_encoded += len(tokens)
@@ -182,8 +187,8 @@ class Encoder:
     def _ahead(self, texts: pa.Array, kind: Kind) -> Iterator[Tokens]:
         """Yield the ids of texts, a window at a time: while one is embedded, the next is made."""
         pieces = [texts[start : start + _WINDOW_TEXTS] for start in range(0, len(texts), _WINDOW_TEXTS)]
-        if len(pieces) == 1:
-            yield self.tokenize(pieces[0], kind=kind)
+        if len(pieces) < 2:  # noqa: PLR2004 - nothing to make ahead
+            yield self.tokenize(texts, kind=kind)
             return
         with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
             made = pool.submit(self.tokenize, pieces[0], kind=kind)
@@ -212,8 +217,8 @@ def _budget(tower: Tower) -> int:
 def _distinct(texts: Texts) -> tuple[pa.Array, npt.NDArray[np.int64] | None]:
     """Return each text once, and which of them stands where; nothing where all differ."""
     array = _as_arrow(texts)
-    if array.null_count or not _is_text(array.type):
-        raise EncoderError("Some texts are null, or no strings. Leave such rows out before encoding.")
+    if array.null_count:
+        raise EncoderError(f"{array.null_count} texts are null, not a string. Leave such rows out before encoding.")
     coded = array.dictionary_encode()
     if len(coded.dictionary) == len(coded):
         return coded.dictionary, None
@@ -221,14 +226,17 @@ def _distinct(texts: Texts) -> tuple[pa.Array, npt.NDArray[np.int64] | None]:
 
 
 def _as_arrow(texts: Texts) -> pa.Array:
+    """Return texts as one Arrow array of strings, whatever Arrow calls them."""
+    if isinstance(texts, str | bytes | set | frozenset | dict):
+        raise EncoderError(f"A {type(texts).__name__} was given for texts. Give a list or an Arrow array of strings.")
     try:
         array = texts if isinstance(texts, pa.Array | pa.ChunkedArray) else pa.array(texts)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise EncoderError(f"Some texts are no strings: {str(error)[:200]}. Leave such rows out before encoding.") from error
-    if isinstance(array, pa.ChunkedArray) and _is_text(array.type):
-        return array.cast(pa.large_string()).combine_chunks()
-    return array
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    except UnicodeEncodeError as error:
+        raise EncoderError(f"A text holds half of a character ({error.reason}). Repair such texts before encoding.") from error
+    except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError) as error:
+        raise EncoderError(f"Some texts are not a string: {str(error)[:200]}. Give a list or an Arrow array of strings.") from error
+    kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or array.null_count == len(array)):
+        raise EncoderError(f"The texts are {array.type}, not a string each. Leave such rows out before encoding.")
+    array = array.cast(pa.large_string())
+    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array

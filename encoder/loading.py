@@ -16,6 +16,7 @@ from encoder.architectures import ARCHITECTURES
 from encoder.errors import TowerError
 from encoder.registry import Dtype, TowerCard
 
+_AMPERE = (8, 0)
 _DEVICES = "auto, cpu, cuda, cuda:<number> or mps"
 
 
@@ -40,8 +41,18 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: Dtype, device: torch.device) -> torch.dtype:
     """Return the number format of the model; `auto` is bfloat16 on a CUDA device that has it, and float32 elsewhere."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if device.type == "cuda" and has_flash(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def gpu_count() -> int:
+    """Return how many CUDA devices this machine has."""
+    return int(torch.cuda.device_count())
+
+
+def has_flash(device: torch.device) -> bool:
+    """Say whether a CUDA device multiplies bfloat16 and runs flash attention: from Ampere on."""
+    return bool(torch.cuda.get_device_capability(device) >= _AMPERE)
 
 
 def load_model(directory: Path, card: TowerCard, *, dtype: torch.dtype, attention: str) -> Any:

@@ -36,6 +36,8 @@ class Tokens:
     offsets: npt.NDArray[np.int64]
 
     def __post_init__(self) -> None:
+        if self.ids.dtype.kind != "i" or self.offsets.dtype.kind != "i":
+            raise EncoderError(f"Token ids are {self.ids.dtype} and offsets {self.offsets.dtype}: both are whole numbers.")
         ordered = self.offsets.size > 0 and self.offsets[0] == 0 and bool((np.diff(self.offsets) >= 0).all())
         if not ordered or self.offsets[-1] != self.ids.size:
             raise EncoderError(f"The offsets do not fit {self.ids.size} token ids: they begin at 0, never fall, and end there.")

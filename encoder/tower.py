@@ -18,7 +18,7 @@ from encoder.architectures import ARCHITECTURES
 from encoder.attention import PACKED, VARLEN_DTYPES, Spans, register
 from encoder.errors import TowerError
 from encoder.fast_linear import quicken
-from encoder.loading import choose_device, choose_dtype, load_model
+from encoder.loading import choose_device, choose_dtype, has_flash, load_model
 from encoder.memory import footprint
 from encoder.packing import Pack
 from encoder.pooling import pool, pool_packed, shorten
@@ -55,7 +55,8 @@ class Tower:
 
     def _best_way(self) -> Way:
         """Pack where the model and the device allow it; on CUDA that takes flash attention, and so a short number format."""
-        packs = self._architecture.packs and (self.device.type == "cpu" or (self.device.type == "cuda" and self.dtype in VARLEN_DTYPES))
+        flash = self.device.type == "cuda" and self.dtype in VARLEN_DTYPES and has_flash(self.device)
+        packs = self._architecture.packs and (self.device.type == "cpu" or flash)
         return "packed" if packs else "padded"
 
     def __call__(self, pack: Pack, *, pad_id: int) -> Tensor:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from jobs.nightly import tower_directory, tower_options
 from jobs.settings import Settings
 from pipelines.contracts import Window
 from pipelines.errors import CatalogEmbedError
+from pipelines.pool import PoolOptions, pool
 from pipelines.publish import current
 from pipelines.sources import open_source
 from pipelines.storage import Store
@@ -79,7 +81,7 @@ def _look_at_engine(settings: Settings, *, fresh: bool) -> str:
     from encoder.inference import EncodeOptions, Encoder  # noqa: PLC0415
 
     embed = settings.embed
-    options = EncodeOptions(token_budget=embed.token_budget, threads=embed.threads, lanes=embed.lanes)
+    options = EncodeOptions(token_budget=embed.token_budget, threads=_threads(settings), lanes=embed.lanes)
     encoder = Encoder(tower_directory(settings), tower=tower_options(settings), options=options)
     if embed.token_budget is None and embed.lanes is None:
         found = calibrate(encoder, cache=machine_folder(), fresh=fresh)
@@ -92,6 +94,17 @@ def _look_at_engine(settings: Settings, *, fresh: bool) -> str:
         f"{pace.token_budget:,} tokens ({how}); {room.weights / _MIB:.0f} MiB of weights, up to "
         f"{room.of_pack(pace.token_budget) / _MIB:.0f} MiB a lane"
     )
+
+
+def _threads(settings: Settings) -> int:
+    """Return the threads that an actor of a run has, so that what is kept is what a run looks for."""
+    from encoder.loading import gpu_count  # noqa: PLC0415
+
+    embed = settings.embed
+    machine = {"CPU": float(os.cpu_count() or 1), "GPU": float(gpu_count())}
+    actors = embed.actors if settings.ray.address == "local" else None  # how many of a cluster's come here is not known
+    wanted = PoolOptions(actors=actors, gpus_per_actor=embed.gpus_per_actor, threads=embed.threads, tokenize=embed.tokenize)
+    return pool([machine], wanted, parts=sys.maxsize).threads
 
 
 def _look_at_source(settings: Settings) -> str:

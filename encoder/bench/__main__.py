@@ -25,6 +25,7 @@ from encoder.bench.rivals import RIVALS
 from encoder.bench.towers import SHAPES, open_tower
 from encoder.bench.workbench import BenchOptions, Workbench
 from encoder.errors import EncoderError
+from encoder.inference import EncodeOptions
 from encoder.loading import choose_device
 from encoder.registry import Dtype
 from encoder.tokens import Tokenizer
@@ -88,7 +89,6 @@ def _write(out: Path | None, machine: dict[str, Any], results: list[dict[str, An
     """Write the results and their chart beside them."""
     if out is None:
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
     tree = {"format": _FORMAT, "machine": machine, "results": results}
     out.write_text(json.dumps(tree, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     out.with_suffix(".svg").write_text(chart(results, machine=machine), encoding="utf-8")
@@ -129,6 +129,29 @@ def _check(asked: argparse.Namespace) -> None:
         value = getattr(asked, name)
         if value is not None and value < 1:
             raise EncoderError(f"--{name.replace('_', '-')} is {value}. Give 1 or more.")
+    EncodeOptions(threads=asked.threads)  # refuses more than there can be
+    if asked.seed < 0 or (asked.warm_texts or 0) < 0 or any(size < 1 for size in asked.batch_sizes or ()):
+        raise EncoderError("--seed and --warm-texts are 0 or more, --batch-sizes 1 or more.")
+    if asked.peak is not None and asked.peak <= 0:
+        raise EncoderError(f"--peak is {asked.peak:g}. Give the device's TFLOP/s.")
+    if not asked.lengths:
+        raise EncoderError(f"--lengths names nothing. Choose from {', '.join(LENGTHS)}, or give a number of tokens.")
+    if asked.out is not None:
+        _check_out(asked.out)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a place that cannot be written now, and not when everything is measured."""
+    if out.suffix != ".json":
+        raise EncoderError(f"--out is {out}. Name a file that ends in .json; the chart goes beside it as .svg.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        kept = out.exists()
+        out.open("a", encoding="utf-8").close()
+        if not kept:
+            out.unlink()
+    except OSError as error:
+        raise EncoderError(f"--out {out} cannot be written ({error.strerror}). Name another place.") from error
 
 
 def _names(text: str) -> list[str]:
@@ -144,7 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     tower = f"a directory, or a shape made on the spot: {', '.join(SHAPES)}. minilm is the installed one where it is"
     parser.add_argument("--tower", default="minilm", help=f"{tower} (default: minilm)")
     parser.add_argument("--suite", action="store_true", help=f"run {', '.join(SUITE)} on every length")
-    parser.add_argument("--lengths", type=_names, default=["mixed"], help=f"comma list of {', '.join(LENGTHS)} (default: mixed)")
+    parser.add_argument(
+        "--lengths", type=_names, default=["mixed"], help=f"comma list of {', '.join(LENGTHS)}, or other numbers of tokens (default: mixed)"
+    )
     parser.add_argument("--texts", type=int, help=f"texts of the corpus (default: {_CPU_TEXTS:,}; {_TEXTS['cuda']:,} on CUDA)")
     parser.add_argument("--seed", type=int, default=0, help="of the corpus")
     parser.add_argument("--rounds", type=int, default=3, help="how often everyone runs (default: 3)")

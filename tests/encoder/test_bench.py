@@ -350,3 +350,26 @@ def test_a_machine_without_the_package_measures_the_shape_and_says_so(monkeypatc
         assert read_card(directory).full_dims == 384
         assert "random weights" in label
     assert not directory.exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--threads", "1000000"],
+        ["--seed", "-1"],
+        ["--lengths", ","],
+        ["--batch-sizes", "0"],
+        ["--peak", "0"],
+        ["--warm-texts", "-1"],
+        ["--out", "result.svg"],
+        ["--out", "/proc/nowhere/result.json"],
+        ["--device", "cuda:9"],
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_measured(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tower", "tiny", *wrong]) != 0
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    assert said.err.strip().endswith(".")
+    assert "round 1" not in said.out

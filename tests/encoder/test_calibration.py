@@ -17,9 +17,24 @@ from encoder.registry import TowerOptions
 from encoder.tokens import Tokens
 from tests.towers import tiny_tower
 
-ZERO = json.dumps(
-    {"pace": {"token_budget": 1, "lanes": 0, "threads": 1}, "tokens_per_s": 1, "usual_tokens_per_s": 1, "seconds": 1}
-).encode()
+
+def kept(*, lanes: int = 1, token_budget: float = 1, rate: float = 1) -> bytes:
+    pace = {"token_budget": token_budget, "lanes": lanes, "threads": 1}
+    return json.dumps({"pace": pace, "tokens_per_s": rate, "usual_tokens_per_s": 1, "seconds": 1}).encode()
+
+
+DAMAGE = [
+    b"",
+    b"{",
+    b"[]",
+    b"[" * 100_000,
+    json.dumps({"pace": {"token_budget": "many"}}).encode(),
+    kept(lanes=0),
+    kept(lanes=10**9),
+    kept(token_budget=10**18),
+    kept(token_budget=float("inf")),
+    kept(rate=float("inf")),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +124,7 @@ def test_what_was_measured_is_kept_for_this_tower_and_format(tower: Path, tmp_pa
     assert len(list(cache.iterdir())) == 4
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", json.dumps({"pace": {"token_budget": "many"}}).encode(), ZERO])
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_measured_anew(tower: Path, tmp_path: Path, damage: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = Encoder(tower, options=EncodeOptions(threads=1))
     Clock(monkeypatch, encoder, lambda _: 1e6)
@@ -118,6 +133,36 @@ def test_a_damaged_file_is_measured_anew(tower: Path, tmp_path: Path, damage: by
     kept.write_bytes(damage)
     assert not calibrate(encoder, cache=tmp_path).kept
     assert calibrate(encoder, cache=tmp_path).kept
+
+
+def test_a_pace_that_memory_has_no_room_for_is_not_chosen(tower: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(tower, options=EncodeOptions(threads=1))
+
+    def rate(pace: Pace) -> float:
+        if pace.token_budget > 512:
+            encoder._engine.halvings += 1
+            return 9e6
+        return 1e6
+
+    Clock(monkeypatch, encoder, rate)
+    assert measure(encoder).pace.token_budget == 512
+
+
+def test_a_kept_pace_that_has_no_room_now_is_left_alone(tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(tower, options=EncodeOptions(threads=1))
+    Clock(monkeypatch, encoder, lambda pace: 1e6 * (2 if pace.token_budget == 2048 else 1))
+    assert calibrate(encoder, cache=tmp_path).pace.token_budget == 2048
+    monkeypatch.setattr(encoder, "fits", lambda budget: budget < 2048)
+    encoder.pace = replace(encoder.pace, token_budget=1024)
+    assert not recall(encoder, cache=tmp_path)
+    assert encoder.token_budget == 1024
+
+
+@pytest.mark.parametrize("device", ["cpu:0", "mps"])
+def test_a_device_that_is_no_nvidia_gpu_is_named_without_one(tower: Path, tmp_path: Path, device: str) -> None:
+    elsewhere = type("Elsewhere", (Encoder,), {"device": device})
+    encoder = elsewhere(tower, options=EncodeOptions(threads=1))
+    assert not recall(encoder, cache=tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

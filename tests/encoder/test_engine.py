@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoder.architectures import ARCHITECTURES
-from encoder.engine import Pace
+from encoder.engine import Pace, _homeward
 from encoder.errors import EncoderError, TowerError
 from encoder.fast_linear import FastLinear
 from encoder.inference import EncodeOptions, Encoder
@@ -26,6 +28,7 @@ from tests.towers import KINDS, WORDS, Kind, tiny_tower
 
 SENTENCES = st.lists(st.sampled_from([*WORDS, "Größe", "☃", "<pad>", "[SEP]", "\x00", "x" * 30]), max_size=50).map(" ".join)
 PACKING = [kind for kind in KINDS if ARCHITECTURES[kind].packs]
+ROOT = Path(__file__).parent.parent.parent
 ONE_LANE = EncodeOptions(threads=1, lanes=1)
 
 
@@ -142,6 +145,87 @@ def test_memory_that_runs_out_on_a_cpu_halves_the_budget_too(directories: dict[K
     encoder._tower.model = tight
     np.testing.assert_allclose(encoder.encode(texts), wanted, atol=1e-5)
     assert (encoder.token_budget, encoder.halvings) == (256, 2)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_a_short_last_pack_that_fails_does_not_slow_the_full_ones(directories: dict[Kind, Path], lanes: int) -> None:
+    texts = sentences(300)
+    encoder = Encoder(directories["bert"], options=EncodeOptions(threads=lanes, lanes=lanes, token_budget=1024))
+    wanted, model = encoder.encode(texts), encoder._tower.model
+    failures: list[int] = []
+
+    def spike(*, input_ids: torch.Tensor, **given_: Any) -> Any:
+        if input_ids.numel() < 900 and len(failures) < 2:
+            failures.append(input_ids.numel())
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return model(input_ids=input_ids, **given_)
+
+    encoder._tower.model = spike
+    np.testing.assert_allclose(encoder.encode(texts), wanted, atol=1e-5)
+    assert len(failures) == 2
+    assert (encoder.token_budget, encoder.halvings) == (1024, 0)
+    torch.set_num_threads(1)
+
+
+def test_two_packs_share_all_threads(directories: dict[Kind, Path]) -> None:
+    encoder = Encoder(directories["bert"], options=EncodeOptions(threads=8, lanes=8, token_budget=2048))
+    model, seen = encoder._tower.model, []
+
+    def look(**given_: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return model(**given_)
+
+    encoder._tower.model = look
+    encoder.encode_tokens(Tokens(ids=np.full(3000, 5, np.int32), offsets=np.arange(101) * 30))
+    torch.set_num_threads(1)
+    assert seen == [4, 4]
+
+
+INTERRUPTED = """
+import signal, sys, threading, time
+from pathlib import Path
+from encoder.inference import EncodeOptions, Encoder
+encoder = Encoder(Path(sys.argv[1]), options=EncodeOptions(threads=2, lanes=2, token_budget=32))
+model = encoder._tower.model
+def slowly(**given):
+    time.sleep(0.05)
+    return model(**given)
+encoder._tower.model = slowly
+threading.Timer(1.0, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)).start()
+start = time.monotonic()
+try:
+    encoder.encode([f"red shoes {number}" for number in range(5000)])
+except KeyboardInterrupt:
+    print(time.monotonic() - start, [thread.name for thread in threading.enumerate() if "lane" in thread.name])
+"""
+
+
+def test_an_interrupt_ends_the_lanes_after_the_pack_that_each_runs(directories: dict[Kind, Path]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(directories["bert"])], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    seconds, _, left = done.stdout.partition(" ")
+    assert 0.9 < float(seconds) < 6
+    assert left.strip() == "[]"
+
+
+def test_vectors_of_another_gpu_are_waited_for_on_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[Any] = []
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            waited.append(stream)
+
+    class OnSecondGpu:
+        is_cuda, device, shape, dtype = True, "cuda:1", (2, 3), torch.float32
+
+    home = torch.zeros(2, 3)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: home)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *_, **__: home)
+    assert _homeward(OnSecondGpu())["vectors"] is home
+    assert waited == ["the stream of cuda:1"]
 
 
 def test_a_text_that_is_there_twice_is_run_once(directories: dict[Kind, Path]) -> None:
