@@ -4,7 +4,7 @@ A product of 1,024 tokens runs 1.1 times as fast as `nn.Linear`, one of 4 tokens
 numbers are those of `nn.Linear` up to the rounding of another order of sums.
 """
 
-# ruff: noqa: SLF001 - oneDNN is reached through operators that torch keeps for its own compiler; `_available` asks for them
+# ruff: noqa: SLF001 - oneDNN is reached through operators that torch keeps for its own compiler; `available` asks for them
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class FastLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
 
 def quicken(model: nn.Module, *, dtype: torch.dtype) -> None:
     """Replace the linear layers of a model on a CPU, where its number format and the build allow it."""
-    if not _available(dtype):
+    if not available(dtype):
         return
     for module in list(model.modules()):
         fused = _fuses_gelu(module)
@@ -55,7 +55,8 @@ def _fuses_gelu(module: nn.Module) -> bool:
     return type(getattr(module, "dense", None)) is nn.Linear and isinstance(act, GELUActivation) and act.act is nn.functional.gelu
 
 
-def _available(dtype: torch.dtype) -> bool:
+def available(dtype: torch.dtype) -> bool:
+    """Say whether this build of torch has such layers for a number format."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))

@@ -60,7 +60,7 @@ def load_model(directory: Path, card: TowerCard, *, dtype: torch.dtype, attentio
     architecture = ARCHITECTURES[card.model_type]
     folder = directory / card.model_path
     try:
-        with _quiet():
+        with quiet():
             config = getattr(transformers, architecture.config_class).from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
@@ -84,7 +84,7 @@ def load_model(directory: Path, card: TowerCard, *, dtype: torch.dtype, attentio
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from writing its bar and its report of unused weights, and leave its settings as they were."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -66,6 +66,12 @@ def tiny_tower(
     return directory
 
 
+def sentences(count: int, *, seed: int = 0) -> list[str]:
+    """Return texts of no to 39 words that the towers know."""
+    draws = np.random.default_rng(seed)
+    return [" ".join(draws.choice(WORDS, size=int(draws.integers(0, 40)))) for _ in range(count)]
+
+
 _MODES: Mapping[Pooling, str] = {"mean": "mean_tokens", "cls": "cls_token", "lasttoken": "lasttoken"}
 
 

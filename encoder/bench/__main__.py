@@ -6,16 +6,14 @@ Needs torch, transformers, tokenizers, safetensors, numpy and pyarrow; a rival w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from transformers.utils import logging
 
 from encoder.bench.contest import contest
 from encoder.bench.corpus import FIXED_LENGTHS, make_corpus
@@ -26,7 +24,7 @@ from encoder.bench.towers import SHAPES, open_tower
 from encoder.bench.workbench import BenchOptions, Workbench
 from encoder.errors import EncoderError
 from encoder.inference import EncodeOptions
-from encoder.loading import choose_device
+from encoder.loading import choose_device, quiet
 from encoder.registry import Dtype
 from encoder.tokens import Tokenizer
 
@@ -43,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads = torch.get_num_threads()
     try:
         _check(asked)
-        with _quiet():
+        with quiet():
             _run(asked)
     except EncoderError as error:
         sys.stderr.write(f"{error}\n")
@@ -51,20 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         torch.set_num_threads(threads)
     return 0
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' bars and load reports out of the table; its settings are put back."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _run(asked: argparse.Namespace) -> None:

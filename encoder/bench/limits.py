@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from encoder.fast_linear import FastLinear, available
+
 Lengths = npt.NDArray[np.int64]
 Product = Callable[[Tensor], Tensor]
 # A pack: how many texts of which length.
@@ -122,7 +124,9 @@ class Products:
         self._inputs = {into: torch.randn(budget, into).to(self.dtype) for into in widths}
         self.states = torch.randn(budget * work.heads * work.head_dims).to(self.dtype)
         self._plain: list[tuple[int, Product]] = [(layer.in_features, _linear(layer.weight, layer.bias)) for layer in self._layers]
-        self._reordered = self._reorder()
+        # The very layers that the encoder runs, without what it fuses into them.
+        fast = self._layers if available(self.dtype) else []
+        self._reordered: list[tuple[int, Product]] = [(layer.in_features, FastLinear(layer)) for layer in fast]
 
     def ways(self) -> list[Way]:
         """Return every way that this build of torch has."""
@@ -185,18 +189,6 @@ class Products:
         """Return that many rows of some width."""
         return self._inputs[into][:tokens]
 
-    def _reorder(self) -> list[tuple[int, Product]]:
-        """Return the layers with their weights in oneDNN's order; none where this build or number format has no such thing."""
-        try:
-            ready = []
-            for layer in self._layers:
-                weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.contiguous(), self.budget)  # noqa: SLF001 - has no public name
-                ready.append((layer.in_features, _pointwise(weight, layer.bias)))
-                ready[-1][1](self.input(1, layer.in_features))
-        except (RuntimeError, AttributeError, NotImplementedError):
-            return []
-        return ready
-
 
 class _Lane:
     """One thread's run of packs, with memory for scores that is kept from pack to pack."""
@@ -236,13 +228,5 @@ class _Lane:
 def _linear(weight: Tensor, bias: Tensor | None) -> Product:
     def product(states: Tensor) -> Tensor:
         return functional.linear(states, weight, bias)
-
-    return product
-
-
-def _pointwise(weight: Tensor, bias: Tensor | None) -> Product:
-    def product(states: Tensor) -> Tensor:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")  # noqa: SLF001 - has no public name
-        return found
 
     return product

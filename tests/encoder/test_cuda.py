@@ -15,8 +15,8 @@ from encoder.architectures import ARCHITECTURES
 from encoder.calibration import calibrate
 from encoder.inference import EncodeOptions, Encoder
 from encoder.registry import TowerOptions
-from tests.encoder.test_engine import furthest, sentences
-from tests.towers import KINDS, Kind, tiny_tower
+from tests.encoder.test_engine import furthest
+from tests.towers import KINDS, Kind, sentences, tiny_tower
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the GPU paths are not shown here")
 

@@ -24,7 +24,7 @@ from encoder.inference import EncodeOptions, Encoder
 from encoder.registry import TowerOptions
 from encoder.tokens import Tokens
 from tests.encoder.test_attention import varlen_by_definition
-from tests.towers import KINDS, WORDS, Kind, tiny_tower
+from tests.towers import KINDS, WORDS, Kind, sentences, tiny_tower
 
 SENTENCES = st.lists(st.sampled_from([*WORDS, "Größe", "☃", "<pad>", "[SEP]", "\x00", "x" * 30]), max_size=50).map(" ".join)
 PACKING = [kind for kind in KINDS if ARCHITECTURES[kind].packs]
@@ -48,11 +48,6 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, Path]:
 def twins(directories: dict[Kind, Path]) -> dict[Kind, tuple[Encoder, Encoder]]:
     plain = replace(ONE_LANE, engine="padded")
     return {kind: (Encoder(place, options=ONE_LANE), Encoder(place, options=plain)) for kind, place in directories.items()}
-
-
-def sentences(count: int, *, seed: int = 0) -> list[str]:
-    draws = np.random.default_rng(seed)
-    return [" ".join(draws.choice(WORDS, size=int(draws.integers(0, 40)))) for _ in range(count)]
 
 
 def furthest(one: Any, other: Any) -> float:

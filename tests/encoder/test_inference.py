@@ -21,7 +21,7 @@ from encoder.errors import EncoderError, TowerError
 from encoder.inference import EncodeOptions, Encoder
 from encoder.registry import TowerOptions, export_tower, read_card
 from encoder.tokens import Tokenizer, Tokens
-from tests.towers import KINDS, WORDS, Kind, tiny_tower
+from tests.towers import KINDS, WORDS, Kind, sentences, tiny_tower
 
 ROOT = Path(__file__).parent.parent.parent
 SENTENCES = st.lists(st.sampled_from([*WORDS, "Größe", "☃", "12.5", "x" * 30]), max_size=60).map(" ".join)
@@ -43,11 +43,6 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, Encoder]:
 @pytest.fixture
 def tower(tmp_path: Path) -> Path:
     return tiny_tower(tmp_path / "tower", max_tokens=64)
-
-
-def sentences(count: int, *, seed: int = 0) -> list[str]:
-    draws = np.random.default_rng(seed)
-    return [" ".join(draws.choice(WORDS, size=int(draws.integers(0, 40)))) for _ in range(count)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
