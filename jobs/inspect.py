@@ -299,9 +299,9 @@ def _from_segments(store: Store, manifest: Manifest, id_hash: pa.Array) -> Itera
     number = vids(id_hash)
     hidden = read_tombstones(store, manifest)
     for segment in segments_of(store, manifest):
-        _, there = read_roster(store, segment).position(number)
+        at, there = read_roster(store, segment).position(number)
         if there[0]:
-            gone = number[0] in hidden.get(segment.name, ())
+            gone = segment.name in hidden and hidden[segment.name][at[0]]
             yield (
                 "segment",
                 f"{segment.name} ({segment.kind}, {segment.rows:,} rows): number {number[0]}{', hidden by a tombstone' if gone else ''}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,8 @@ from pipelines.contracts import ColumnMap, Window
 from pipelines.diff.engine import DiffOptions
 from pipelines.errors import InputError
 from pipelines.gates import GateLimits, Waiver
-from pipelines.index.spec import RefreshOptions
+from pipelines.index.triggers import RefreshOptions
+from pipelines.layout import byte_count
 from pipelines.normalize import NormalizeOptions
 from pipelines.plan import Deletes, Limits
 from pipelines.pool import Tokenize
@@ -141,10 +142,22 @@ class Embedding:
 
 @dataclass(frozen=True, kw_only=True)
 class FaissIndex:
-    """How FAISS holds the vectors: a factory such as `IVF1024,SQ8`, or `auto`, which is Flat below `flat_below` rows."""
+    """What the FAISS index has to reach and may cost, for the whole index and for one query on one core.
+
+    `type` is a factory such as `IVF1024,RaBitQfs,Refine(SQ8)`, or `auto`: chosen from the budget. From `distribute_above`
+    products on, a full build is spread over the cluster.
+    """
 
     type: str = "auto"
-    flat_below: int = RefreshOptions.flat_below
+    recall_at_10: float = RefreshOptions.recall_at_10
+    memory: str | None = None
+    latency_ms: float | None = RefreshOptions.latency_ms
+    distribute_above: int = RefreshOptions.distribute_above
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory budget as a number."""
+        return None if self.memory is None else byte_count(self.memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,11 +187,17 @@ class Indexes:
 
 @dataclass(frozen=True, kw_only=True)
 class Refresh:
-    """When a growing index is built anew instead of extended; shares of the live rows."""
+    """When an index that is extended every night is compacted (shares of live rows and of entries), and when it is trained anew.
+
+    `imbalance_until` and `drift_until` are multiples of what training left, `probes_until` of the probes tuned then.
+    """
 
     delta_until: float = RefreshOptions.delta_until
     tombstones_until: float = RefreshOptions.tombstones_until
     max_segments: int = RefreshOptions.max_segments
+    imbalance_until: float = RefreshOptions.imbalance_until
+    drift_until: float = RefreshOptions.drift_until
+    probes_until: float = RefreshOptions.probes_until
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,12 +286,14 @@ class Settings:
     @property
     def refresh_options(self) -> RefreshOptions:
         """When the FAISS index is extended, and when it is built anew."""
+        faiss = self.index.faiss
         return RefreshOptions(
-            delta_until=self.refresh.delta_until,
-            tombstones_until=self.refresh.tombstones_until,
-            max_segments=self.refresh.max_segments,
-            flat_below=self.index.faiss.flat_below,
-            factory=None if self.index.faiss.type == "auto" else self.index.faiss.type,
+            **{item.name: getattr(self.refresh, item.name) for item in fields(Refresh)},
+            recall_at_10=faiss.recall_at_10,
+            memory_bytes=faiss.memory_bytes,
+            latency_ms=faiss.latency_ms,
+            distribute_above=faiss.distribute_above,
+            factory=None if faiss.type == "auto" else faiss.type,
         )
 
     @property
@@ -360,6 +381,12 @@ def load(path: Path, *, target: str | None = None, overrides: Mapping[str, Any] 
         settings.normalizing(Window(since=None, until=datetime.now(tz=settings.zone))),
     )
     return settings
+
+
+def with_index(settings: Settings, factory: str) -> Settings:
+    """Return settings that ask for this FAISS index."""
+    asked = replace(settings, index=replace(settings.index, faiss=replace(settings.index.faiss, type=factory)))
+    return asked if asked.refresh_options else settings  # made, and so checked
 
 
 def _beside(config: Path, place: str) -> str:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from encoder.registry import TowerCard, TowerOptions
 from pipelines.diff.engine import DiffOptions
-from pipelines.index.spec import RefreshOptions
+from pipelines.index.triggers import RefreshOptions
 from pipelines.manifest import Manifest, ManifestObject
 from pipelines.pool import Tokenize
 from pipelines.prepare import Preparer
@@ -18,6 +18,7 @@ from pipelines.schema import ProductSchema, table_schema
 from pipelines.storage import Store
 from pipelines.stores import lance
 from pipelines.telemetry import Observer
+from pipelines.workers import spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class TableOptions:
     text: tuple[str, ...] = ()
     flat_below: int = 20_000
     fold_after: int = 8
+    distribute_above: int = lance.TableSpec.distribute_above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,8 @@ class Build:
     diff: DiffOptions
     work: Path
     observer: Observer
+    # How many products a search is measured with.
+    samples: int = 128
     # The filter columns changed since the base, so the table is written anew with the vectors that it has.
     rewrite: bool = False
     # Vectors are made again although the table has them.
@@ -101,6 +105,11 @@ class Build:
         return self.store.uri(self.table_key)
 
     @property
+    def workers(self) -> lance.Workers:
+        """Who builds the pieces of a big table's vector index."""
+        return lance.Workers(spread=spread)
+
+    @property
     def spec(self) -> lance.TableSpec:
         """The table's columns and indexes."""
         options = self.table
@@ -111,6 +120,7 @@ class Build:
             vector_index=options.vector_index,
             flat_below=options.flat_below,
             fold_after=options.fold_after,
+            distribute_above=options.distribute_above,
         )
 
 

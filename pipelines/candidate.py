@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -11,17 +12,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.build import Build, Embedded
+from pipelines.contracts import IndexUse, one_by_one
 from pipelines.hashes import vids
-from pipelines.index.update import NextIndex, next_index
+from pipelines.index.build import Rows
+from pipelines.index.update import NextIndex, Night, next_index
 from pipelines.manifest import Manifest, ManifestObject, TablePin
 from pipelines.schema import ACTION, ADD, ATTR, DELETE, ID, ID_HASH, TEXT, TEXT_HASH, VECTOR, VID
 from pipelines.storage import Store
 from pipelines.stores import lance
 from pipelines.stores.parquet import read_part
+from pipelines.table_index import settle
+from pipelines.truth import Truth
 from pipelines.workers import spread
 
 
-def apply(build: Build, embedded: Embedded, *, live: int) -> TablePin:
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """The table of a candidate: its pin, how its vector index came about, and the exact answers of its version."""
+
+    pin: TablePin
+    use: IndexUse
+    truth: Truth
+
+
+def apply(build: Build, embedded: Embedded, *, live: int) -> Applied:
     """Bring the table to the plan's state, its indexes in step, and pin that version for this generation."""
     build.store.failpoint("run.before_apply")
     uri, spec = build.table_uri, build.spec
@@ -48,21 +62,24 @@ def apply(build: Build, embedded: Embedded, *, live: int) -> TablePin:
             )
         progress.advance(live)
     build.store.failpoint("run.applied")
+    applied = indexed(build, version=version, previous=base)
+    build.store.failpoint("run.pinned")
+    return applied
+
+
+def indexed(build: Build, *, version: int, previous: TablePin | None) -> Applied:
+    """Bring the indexes of a table's version in step, and pin what comes of it."""
+    uri, options = build.table_uri, build.options
     with build.observer.stage("indexes", total=None, unit="row"):
-        state = lance.refresh_indexes(uri, spec, build.options, at=version)
+        state = lance.refresh_indexes(uri, build.spec, options, at=version, workers=build.workers)
+        truth = Truth(uri=uri, version=state.version, options=options, samples=build.samples)
+        state, use = settle(build, state, truth)
     build.store.failpoint("run.indexed")
     with build.observer.stage("read-back", total=None, unit="row"):
         pin = lance.pin(
-            uri,
-            version=state.version,
-            tag=build.generation,
-            previous=base,
-            store=build.store,
-            key=build.table_key,
-            options=build.options,
+            uri, version=state.version, tag=build.generation, previous=previous, store=build.store, key=build.table_key, options=options
         )
-    build.store.failpoint("run.pinned")
-    return pin
+    return Applied(pin=pin, use=use, truth=truth)
 
 
 _FRAGMENTS_IN_FLIGHT = 4
@@ -97,51 +114,57 @@ def _rows(build: Build, embedded: Embedded, actions: tuple[str, ...]) -> Iterato
             yield _as_table(rows, schema)
 
 
-def segment(build: Build, embedded: Embedded, pin: TablePin, *, live: int) -> NextIndex:
-    """Extend the FAISS index by what changed, or build it anew where its shares have grown too large."""
+def segment(build: Build, embedded: Embedded, applied: Applied, *, live: int) -> NextIndex:
+    """Extend the FAISS index by what changed, or make it anew as far as its measurements ask for it."""
     added: Callable[[], Iterator[pa.Table]] = partial(_rows, build, embedded, (ADD, TEXT))
-    found = _indexed(build, pin, base=build.base, added=added, touched=_touched(build, embedded), live=live)
+    found = _segmented(build, applied, base=build.base, added=added, touched=_touched(build, embedded), live=live)
     build.store.failpoint("run.segmented")
     return found
 
 
-def whole_index(build: Build, pin: TablePin, *, live: int) -> NextIndex:
+def whole_index(build: Build, applied: Applied, *, live: int) -> NextIndex:
     """Build the FAISS index of a whole table, whatever there was before."""
-    return _indexed(build, pin, base=None, added=lambda: iter(()), touched=np.empty(0, dtype=np.int64), live=live)
+    return _segmented(build, applied, base=None, added=lambda: iter(()), touched=np.empty(0, dtype=np.int64), live=live)
 
 
-def _indexed(
+def _segmented(
     build: Build,
-    pin: TablePin,
+    applied: Applied,
     *,
     base: Manifest | None,
     added: Callable[[], Iterator[pa.Table]],
     touched: npt.NDArray[np.int64],
     live: int,
 ) -> NextIndex:
-    everything = partial(
-        lance.read_rows,
-        build.table_uri,
-        version=pin.version,
-        columns=[ID, VID, ID_HASH, VECTOR],
-        options=build.options,
-        batch_rows=1 << 14,
+    night = Night(
+        store=build.store,
+        base=base,
+        # A name of its own for every attempt: what a dead one left may differ, if the settings did.
+        run_id=build.generation,
+        generation=build.generation,
+        added=added,
+        touched=touched,
+        live=_live(build, applied.pin, live),
+        truth=applied.truth,
+        options=build.refresh,
+        dims=build.space.card.dims,
+        work=build.work,
     )
     with build.observer.stage("segments", total=None, unit="row"):
-        return next_index(
-            build.store,
-            base=base,
-            # A name of its own for every attempt: what a dead one left may differ, if the settings did.
-            run_id=build.generation,
-            generation=build.generation,
-            added=added,
-            touched=touched,
-            live=everything,
-            num_live=live,
-            options=build.refresh,
-            dims=build.space.card.dims,
-            work=build.work,
-        )
+        return next_index(night)
+
+
+def _live(build: Build, pin: TablePin, count: int) -> Rows:
+    """Return all live rows as pieces of whole fragments, read by workers where there are many."""
+    uri, version, options = build.table_uri, pin.version, dict(build.options)
+    read = partial(lance.read_rows, uri, version=version, columns=[ID, VID, VECTOR], options=options, batch_rows=1 << 14)
+    groups = lance.fragment_groups(uri, version=version, rows=_PIECE_ROWS, options=options) if count else []
+    pieces = [partial(read, fragments=group) for group in groups]
+    spreading = spread if count >= build.refresh.distribute_above and len(pieces) > 1 else one_by_one
+    return Rows(pieces=pieces, count=count, spread=spreading)
+
+
+_PIECE_ROWS = 1 << 17
 
 
 def _touched(build: Build, embedded: Embedded) -> npt.NDArray[np.int64]:

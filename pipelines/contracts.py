@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol, runtime_checkable
@@ -148,3 +149,47 @@ class Source(Protocol):
     def ids(self) -> Sequence[Shard]:
         """Return shards that give, for every row there is, only what deletes need: id, and the tombstone column."""
         ...
+
+
+# Two measurements of one index with a few products more or less differ by this much.
+_SLACK = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexUse:
+    """One index of a generation: what the run did to it, which trigger asked for it, and how readers ask it.
+
+    `search` are the parameters that were tuned on vectors held out of the training, and `recall` what they reached there;
+    `target` is what was asked for, `trained_recall` what the last training reached. `trigger` is None where nothing but the night's own changes called for the action.
+    """
+
+    action: str
+    trigger: str | None
+    reason: str
+    search: Mapping[str, int] = field(default_factory=dict)
+    recall: float | None = None
+    target: float | None = None
+    trained_recall: float | None = None
+
+    def needs(self, target: float) -> float:
+        """Return the recall below which more is done: the target, or nearly what training reached where it missed the target.
+
+        An index that cannot reach its target is not trained anew every night, but once when the target is raised.
+        """
+        if self.trained_recall is None or self.target is None or target > self.target:
+            return target
+        return min(target, self.trained_recall - _SLACK)
+
+
+class Spread(Protocol):
+    """Calls a function with each of the arguments, here or on a cluster, and yields the results in any order."""
+
+    def __call__(self, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], *, in_flight: int) -> Iterator[Any]:
+        """Keep at most `in_flight` calls under way; an argument is not made before its turn."""
+        ...
+
+
+def one_by_one(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], *, in_flight: int) -> Iterator[Any]:
+    """Be the spread of one process."""
+    del in_flight
+    return itertools.starmap(function, arguments)

@@ -11,6 +11,7 @@ CatalogEmbedError          1   something failed; the message says what to do
 ├── LeaseHeld             11   another run is writing: wait for it, or look at `status`
 ├── EmbedError             1   the tower failed on more than single rows: see its message, run again to resume
 ├── ManifestError          1   the manifest is unreadable or was written by a newer version
+│   └── OldFormat          1   it was written by an older version, and is made anew by the next run
 └── PlanError              1   the plan could not be made, or does not fit its base: plan again
 
 Guards are not errors: a plan carries them as data, and `pipelines.plan` gives their exit codes (12, 13).
@@ -69,6 +70,10 @@ class EmbedError(CatalogEmbedError):
 
 class ManifestError(CatalogEmbedError):
     """A manifest cannot be read, or contradicts itself."""
+
+
+class OldFormat(ManifestError):
+    """A document of a format that is no longer read."""
 
 
 class PlanError(CatalogEmbedError):

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from difflib import get_close_matches
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from pipelines.errors import InputError, ManifestError
+from pipelines.gate_advice import GATES
+from pipelines.layout import printable
 
 GATE_FAILED = 10
 """Exit code of a run that built a generation and did not publish it."""
@@ -30,76 +31,6 @@ Sense = Literal["at least", "at most", "exactly"]
 # Differences of two shares carry rounding noise: 0.97 - 0.965 is more than 0.005 in floating point.
 _NOISE = 1e-9
 
-# What each gate means, and what to do where it fails. In the order of the report.
-GATES: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "counts": (
-            "The vector log, the Lance table and the FAISS segments hold as many live products as the plan says there are.",
-            "A stage lost or doubled rows. Run again from the same plan; if the counts differ again, rebuild with `backfill --reason all`.",
-        ),
-        "deleted": (
-            "No sampled product that the plan took out is found by an index or is left in the table.",
-            "Deleted products would still be shown. Run again; if they stay, compact the segments or rebuild the index.",
-        ),
-        "self_retrieval": (
-            "A sampled live product that searches with its own vector finds itself first; identical vectors may tie.",
-            "Products are missing from an index or their ids are mixed up. Look at the ids with `explain`, then rebuild the index.",
-        ),
-        "finite": (
-            "Every vector holds numbers only: no NaN, no infinity, not all zeros.",
-            "The tower overflowed on these products. Embed them again in float32, and look at their texts with `explain`.",
-        ),
-        "unit": (
-            "Every vector has length one, so that an inner product is a cosine.",
-            "The tower skipped its normalisation, or a vector changed after it was embedded. Check the tower, then embed these products again.",
-        ),
-        "identical": (
-            "Products with different texts do not share one vector, beyond a small share of the sample.",
-            "The tower has collapsed, or the template renders the same words for many products. Look at the texts with `plan --explain`.",
-        ),
-        "fingerprint": (
-            "Every vector of the generation comes from the one tower that its manifest names.",
-            "Vectors of two towers cannot be compared. Rebuild the generation with one tower: `backfill --reason all`.",
-        ),
-        "replay": (
-            "A sample embedded again, one text at a time, gives the vectors that were stored.",
-            "Batch size, precision or padding changes the vectors. Do not publish: compare the device and the precision with the tower's card.",
-        ),
-        "recall_faiss": (
-            "Recall@10 of the FAISS segments against exact search over the same vectors.",
-            "Raise the number of probes, or rebuild the index: its centroids may no longer fit the catalog.",
-        ),
-        "recall_lance": (
-            "Recall@10 of the Lance index against exact search over the same vectors.",
-            "Raise the number of probes, or rebuild the index of the table; rows that no index covers are the gate `unindexed`.",
-        ),
-        "recall_drop": (
-            "No index finds clearly less than it did in the previous generation.",
-            "Slow decay after many small updates is normal: rebuild the index. A sudden drop is a fault: compare the two generations.",
-        ),
-        "parity": (
-            "FAISS and Lance agree on the ten nearest products of the query set.",
-            "One of the two indexes is stale or damaged. See which one the recall gates blame, and rebuild that one.",
-        ),
-        "churn": (
-            "The ten nearest products of the query set are mostly those of the previous generation.",
-            "Results change more than a night explains. Expected after a new tower or template; otherwise compare with `diff` before publishing.",
-        ),
-        "delete_ratio": (
-            "The share of the published products that this generation takes out.",
-            "More products vanish than a night explains. Check the feed; if it is right, raise `gates.max_delete_ratio` or waive this once.",
-        ),
-        "checksums": (
-            "Every object that a run wrote, read back from the store, has the size and sha256 that were written down; `validate` reads those of the nights before too.",
-            "The store holds other bytes than were written. Check the disk or the bucket, then run again; do not publish these objects.",
-        ),
-        "unindexed": (
-            "No row of the table is outside its vector, scalar and text indexes.",
-            "Rows outside an index are found slowly or not at all. Refresh the indexes, then validate again.",
-        ),
-    }
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class GateLimits:
@@ -107,6 +38,7 @@ class GateLimits:
 
     recall_floor: float = 0.95
     recall_max_drop: float = 0.005
+    recall_filtered: float = 0.97
     self_retrieval: float = 0.99
     replay_cosine: float = 0.999
     unit_tolerance: float = 1e-3
@@ -144,11 +76,26 @@ class Waiver:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FilteredRecall:
+    """Recall under filters that pass a like share of the products. `error` is the standard error of the mean.
+
+    `example` is the filter that found least, and `rows` how many products pass it.
+    """
+
+    band: str
+    recall: float
+    error: float
+    queries: int
+    example: str
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """What the probes found. None means that nobody measured it; `skipped` says why, by gate.
 
-    `parts_rows` are live rows after every part is applied. `recall`, its standard error and
-    `recall_before` are by index: faiss, lance.
+    `parts_rows` are live rows after every part is applied. `recall`, its standard error,
+    `recall_before` and `recall_filtered` are by index: faiss, lance.
     """
 
     expected_rows: int | None = None
@@ -170,6 +117,7 @@ class Measured:
     recall: Mapping[str, float] = field(default_factory=dict)
     recall_before: Mapping[str, float] = field(default_factory=dict)
     recall_error: Mapping[str, float] = field(default_factory=dict)
+    recall_filtered: Mapping[str, Sequence[FilteredRecall]] = field(default_factory=dict)
     parity: float | None = None
     churn: float | None = None
     delete_ratio: float | None = None
@@ -256,10 +204,10 @@ def gates_text(gates: Sequence[Gate]) -> str:
     lines = ["Gates  " + "   ".join(f"{number} {_loud(verdict)}" for number, verdict in counts if number)]
     for gate in gates:
         shown = "not measured" if gate.measured is None else _shown(gate.measured)
-        lines.append(f"  {_loud(gate.verdict):<8} {gate.name:<15} {shown}, limit {gate.sense} {_shown(gate.limit)}")
+        lines.append(f"  {_loud(gate.verdict):<8} {gate.name:<21} {shown}, limit {gate.sense} {_shown(gate.limit)}")
         if gate.verdict != "passed":
-            lines += [f"{'':11}{_escaped(gate.advice)}"] if gate.advice else []
-            lines += [f"{'':11}such as {', '.join(map(_escaped, gate.ids))}"] if gate.ids else []
+            lines += [f"{'':11}{printable(gate.advice)}"] if gate.advice else []
+            lines += [f"{'':11}such as {', '.join(map(printable, gate.ids))}"] if gate.ids else []
     return "\n".join(lines) + "\n"
 
 
@@ -274,6 +222,8 @@ def _findings(measured: Measured, limits: GateLimits) -> Iterator[tuple[str, _Fi
     yield "replay", _at_least(measured.replay_cosine, limits.replay_cosine, measured.replay_ids)
     yield "recall_faiss", _at_least(measured.recall.get("faiss"), limits.recall_floor)
     yield "recall_lance", _at_least(measured.recall.get("lance"), limits.recall_floor)
+    for index in ("faiss", "lance"):
+        yield f"recall_filtered_{index}", _filtered(measured.recall_filtered.get(index, ()), limits)
     yield "recall_drop", _drop(measured, limits)
     yield "parity", _at_least(measured.parity, limits.parity)
     yield "churn", _at_most(measured.churn, limits.max_churn)
@@ -320,6 +270,21 @@ def _fingerprint(measured: Measured) -> _Finding:
         limit=tower or "one fingerprint",
         sense="exactly",
         holds=None if seen is None else len(set(seen)) == 1 and tower in (None, seen[0]),
+    )
+
+
+def _filtered(bands: Sequence[FilteredRecall], limits: GateLimits) -> _Finding:
+    """Judge the band that is most clearly below the limit: few queries err by chance, and two standard errors are chance."""
+    if not bands:
+        return _at_least(None, limits.recall_filtered)
+    # NaN compares as false with everything, and must not hide behind a band that is merely low.
+    highest = [-math.inf if math.isnan(band.recall + band.error) else band.recall + 2 * band.error for band in bands]
+    worst = bands[highest.index(min(highest))]
+    noise = 0.0 if math.isnan(worst.error) else 2 * worst.error
+    return _at_least(
+        math.nan if math.isnan(worst.error) else worst.recall,
+        limits.recall_filtered - noise,
+        [f"{worst.band} of the products pass, recall {worst.recall:.3f}: {worst.example} ({worst.rows:,} products)"],
     )
 
 
@@ -378,9 +343,4 @@ def _loud(verdict: str) -> str:
 
 
 def _shown(value: float | str) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else _escaped(value)
-
-
-def _escaped(text: str) -> str:
-    """Show an id without letting it move the cursor or forge a line."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else printable(value)

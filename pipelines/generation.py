@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +23,8 @@ from pipelines.contracts import Source, Window
 from pipelines.diff.dealing import first_embedded
 from pipelines.errors import AlreadyExists, NotFound, SourceMoved
 from pipelines.gates import GATE_FAILED, Gate, GateLimits, Measured, Waiver, failed, from_json, judge, to_json, verdicts
-from pipelines.index.spec import RefreshOptions
-from pipelines.index.update import NextIndex
+from pipelines.index.triggers import RefreshOptions
+from pipelines.index.update import FAISS_INDEX, NextIndex
 from pipelines.leases import Lease, held
 from pipelines.manifest import Manifest, ManifestObject, canonical
 from pipelines.plan import QUARANTINE_FULL, Guard, Plan
@@ -36,6 +36,7 @@ from pipelines.publish import LogEntry, current, next_generation, open_manifest,
 from pipelines.schema import ACTION, ID, ID_HASH, REASON, TEXT
 from pipelines.storage import Store
 from pipelines.stores.parquet import write_rows
+from pipelines.table_index import LANCE_INDEX
 from pipelines.telemetry import Recorder
 from pipelines.work import deal, embed
 
@@ -221,6 +222,7 @@ def _build(located: Located, request: PlanRequest, options: RunOptions, *, recor
         diff=request.diff,
         work=work,
         observer=recorder,
+        samples=options.samples,
         rewrite=_rewrites(located, request),
         afresh=request.selection is not None and request.selection.again,
     )
@@ -265,8 +267,8 @@ def _finish(
     live = plan.base_live + actions.add - actions.delete - lost_adds - lost_updates
     if build.rewrite:
         live = actions.add + actions.text + actions.attr - embedded.lost.num_rows
-    pin = apply(build, embedded, live=live)
-    index = segment(build, embedded, pin, live=live)
+    applied = apply(build, embedded, live=live)
+    index = segment(build, embedded, applied, live=live)
     manifest = Manifest(
         generation=build.generation,
         parent=located.parent,
@@ -278,11 +280,12 @@ def _finish(
         template_digest=plan.template_digest,
         schema_digest=plan.schema_digest,
         config_digest=options.config_digest,
-        table=pin,
+        table=applied.pin,
         parts=(*(build.extends.parts if build.extends else ()), *embedded.parts),
         segments=index.segments,
         tombstones=index.tombstones,
         attachments=(*options.space.objects, *quarantine),
+        indexes={FAISS_INDEX: index.use, LANCE_INDEX: applied.use},
         counts={"live": live, "rejected": sum(quarantined.values()), "read": plan.rows.read},
         versions=options.versions,
     )
@@ -291,10 +294,10 @@ def _finish(
     gates = judge(measured, options.limits, options.waivers, options.clock().date())
     store.failpoint("run.judged")
     lease.check()
-    report = canonical({"format": 1, "plan": plan.to_json(), "index": {"action": index.action, "reason": index.reason}})
+    report = canonical({"format": 1, "plan": plan.to_json(), "index": index.report, "table_index": asdict(applied.use)})
     whole = write_generation(
         store,
-        _judged(manifest, gates),
+        replace(manifest, gates=verdicts(gates)),
         {"gates.json": to_json(gates), "report.json": report},
     )
     facts: dict[str, Any] = {
@@ -334,10 +337,6 @@ def _published(located: Located, request: PlanRequest, options: RunOptions, *, l
     return Ran(outcome="published", exit_code=0, entry=entry, **facts)
 
 
-def _judged(manifest: Manifest, gates: tuple[Gate, ...]) -> Manifest:
-    return replace(manifest, gates=verdicts(gates))
-
-
 def _settled(located: Located, request: PlanRequest) -> Window:
     """Return the window up to which the new generation is whole.
 
@@ -375,6 +374,7 @@ def _measure(
             texts=texts,
             delete_ratio=located.plan.actions.delete / located.plan.base_live if located.plan.base_live else 0.0,
             samples=options.samples,
+            recall_filtered=options.limits.recall_filtered,
             token_budget=options.embedding.token_budget,
         ),
         recorder,

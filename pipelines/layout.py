@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+from pipelines.errors import InputError
+
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 
 
@@ -39,6 +43,18 @@ def took(seconds: float) -> str:
 def millions(count: int) -> str:
     """Show a number of tokens: millions where there are some."""
     return f"{count / 1e6:.1f} M" if count >= 1_000_000 else f"{count:,}"  # noqa: PLR2004  a million
+
+
+_BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(k|M|G|T)?(i)?B?")
+
+
+def byte_count(text: str) -> int:
+    """Read a number of bytes such as `8GB`, `512 MiB` or `1000`."""
+    found = _BYTES.fullmatch(text.strip())
+    if found is None:
+        raise InputError(f"{text[:40]!r} is no number of bytes. Write it as `8GB` or `512MiB`.")
+    power = " kMGT".index(found[2] or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def byte_size(size: float) -> str:

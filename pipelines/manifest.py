@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args
 
-from pipelines.contracts import ObjectRef, PinnedObject, SourcePin, Window
-from pipelines.errors import InputError, ManifestError
+from pipelines.contracts import IndexUse, ObjectRef, PinnedObject, SourcePin, Window
+from pipelines.errors import InputError, ManifestError, OldFormat
 
 FORMAT_VERSION = 1
+# Format 2 says how the indexes came about and how they are asked. Format 1 is read as one that does not say.
+MANIFEST_FORMAT = 2
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 
 Verdict = Literal["passed", "warned", "failed", "skipped"]
@@ -77,6 +81,7 @@ class Manifest:
     segments: tuple[ManifestObject, ...] = ()
     tombstones: tuple[ManifestObject, ...] = ()
     attachments: tuple[ManifestObject, ...] = ()
+    indexes: Mapping[str, IndexUse] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     gates: Mapping[str, Verdict] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -113,12 +118,14 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return the canonical bytes. ASCII escapes, so that no file name of a source can make them unwritable."""
-        return canonical({"format_version": FORMAT_VERSION, **_plain(self)})
+        return canonical({"format_version": MANIFEST_FORMAT, **_plain(self)})
 
     @classmethod
     def from_json(cls, data: bytes, *, where: str = "manifest") -> Manifest:
         """Read what `to_json` wrote, or raise `ManifestError` naming what is wrong and where."""
-        return parse(data, where=where, limit_bytes=MAX_MANIFEST_BYTES, parsers=_PARSERS, build=cls)
+        return parse(
+            data, where=where, limit_bytes=MAX_MANIFEST_BYTES, parsers=_PARSERS, build=cls, latest=MANIFEST_FORMAT, added={"indexes": {}}
+        )
 
     @property
     def content_digest(self) -> str:
@@ -151,8 +158,21 @@ def canonical(data: Any) -> bytes:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n"
 
 
-def parse(data: bytes, *, where: str, limit_bytes: int, parsers: Mapping[str, Parser[Any]], build: Callable[..., T]) -> T:
-    """Read one strict, versioned JSON document into a dataclass. Every failure is a `ManifestError` that begins with `where`."""
+def parse(
+    data: bytes,
+    *,
+    where: str,
+    limit_bytes: int,
+    parsers: Mapping[str, Parser[Any]],
+    build: Callable[..., T],
+    earliest: int = 1,
+    latest: int = FORMAT_VERSION,
+    added: Mapping[str, Any] = MappingProxyType({}),
+) -> T:
+    """Read one strict, versioned JSON document into a dataclass. Every failure is a `ManifestError` that begins with `where`.
+
+    `added` are the keys that the `latest` format has and older ones do not, with what their absence means.
+    """
     if len(data) > limit_bytes:
         raise ManifestError(f"{where}: {len(data)} bytes exceed the limit of {limit_bytes}. This is no file of catalog-embed.")
     try:
@@ -162,9 +182,15 @@ def parse(data: bytes, *, where: str, limit_bytes: int, parsers: Mapping[str, Pa
     version = tree.pop("format_version", None) if isinstance(tree, dict) else None
     if type(version) is not int or version < 1:
         raise ManifestError(f"{where}: format_version is {str(version)[:40]!r}, not a positive number. This is no file of catalog-embed.")
-    if version > FORMAT_VERSION:
-        advice = f"written by a newer version of catalog-embed (format {version}, this one reads up to {FORMAT_VERSION})"
+    if version > latest:
+        advice = f"written by a newer version of catalog-embed (format {version}, this one reads up to {latest})"
         raise ManifestError(f"{where}: {advice}: upgrade before reading or publishing.")
+    if version < earliest:
+        raise OldFormat(
+            f"{where}: format {version} is of an older catalog-embed, and this one reads from {earliest}. The next run makes it anew."
+        )
+    if version < latest:
+        tree = {**added, **tree}
     values = read_fields(tree, where, parsers)
     try:
         return build(**values)
@@ -202,6 +228,13 @@ def count(data: Any, where: str) -> int:
     if type(data) is not int or not 0 <= data <= _MAX_INT:
         raise ManifestError(f"{where}: expected a whole number from 0, found {_shown(data)}.")
     return data
+
+
+def number(data: Any, where: str) -> float:
+    """Read a finite number."""
+    if type(data) not in (int, float) or not math.isfinite(data):
+        raise ManifestError(f"{where}: expected a number, found {_shown(data)}.")
+    return float(data)
 
 
 def moment(data: Any, where: str) -> datetime:
@@ -245,16 +278,19 @@ def _listed(parser: Parser[T]) -> Parser[tuple[T, ...]]:
     return listed
 
 
-def _mapped(parser: Parser[T]) -> Parser[dict[str, T]]:
-    def mapped(data: Any, where: str) -> dict[str, T]:
+def mapped(parser: Parser[T]) -> Parser[dict[str, T]]:
+    """Make a parser of objects whose values are all of one kind, under any names."""
+
+    def _mapped(data: Any, where: str) -> dict[str, T]:
         if not isinstance(data, dict):
             raise ManifestError(f"{where}: expected an object, found {_shown(data)}.")
         return {name: parser(item, f"{where}.{name[:80]}") for name, item in data.items()}
 
-    return mapped
+    return _mapped
 
 
-def _built(build: Callable[..., T], parsers: Mapping[str, Parser[Any]]) -> Parser[T]:
+def built(build: Callable[..., T], parsers: Mapping[str, Parser[Any]]) -> Parser[T]:
+    """Make a parser of objects that have exactly these keys, and build something of each."""
     return lambda data, where: build(**read_fields(data, where, parsers))
 
 
@@ -272,30 +308,38 @@ def _window(data: Any, where: str) -> Window:
         raise ManifestError(f"{where}: {error}") from error
 
 
-_OBJECT = _built(ManifestObject, {"key": text, "size": count, "sha256": sha256_hex, "role": text, "rows": optional(count)})
+_OBJECT = built(ManifestObject, {"key": text, "size": count, "sha256": sha256_hex, "role": text, "rows": optional(count)})
 _OBJECTS = _listed(_OBJECT)
-_PINNED = _built(PinnedObject, {"name": text, "size": count, "etag": text})
+_PINNED = built(PinnedObject, {"name": text, "size": count, "etag": text})
+_TUNED: Mapping[str, Parser[Any]] = {
+    "search": mapped(count),
+    "recall": optional(number),
+    "target": optional(number),
+    "trained_recall": optional(number),
+}
+_USE: Mapping[str, Parser[Any]] = {"action": text, "trigger": optional(text), "reason": text, **_TUNED}
 _PARSERS: Mapping[str, Parser[Any]] = {
     "generation": generation_id,
     "parent": optional(generation_id),
     "created_at": moment,
     "run_id": text,
-    "source": _built(SourcePin, {"kind": text, "address": text, "objects": _listed(_PINNED)}),
+    "source": built(SourcePin, {"kind": text, "address": text, "objects": _listed(_PINNED)}),
     "window": _window,
     "tower": _digest,
     "template_digest": _digest,
     "schema_digest": _digest,
     "config_digest": _digest,
     "table": optional(
-        _built(TablePin, {"uri": text, "version": count, "tag": text, "rows_digest": optional(_digest), "objects": _OBJECTS}),
+        built(TablePin, {"uri": text, "version": count, "tag": text, "rows_digest": optional(_digest), "objects": _OBJECTS}),
     ),
     "parts": _OBJECTS,
     "segments": _OBJECTS,
     "tombstones": _OBJECTS,
     "attachments": _OBJECTS,
-    "counts": _mapped(count),
-    "gates": _mapped(_verdict),
-    "versions": _mapped(text),
+    "indexes": mapped(built(IndexUse, _USE)),
+    "counts": mapped(count),
+    "gates": mapped(_verdict),
+    "versions": mapped(text),
 }
 
 

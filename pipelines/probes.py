@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.errors import ManifestError, StoreError
-from pipelines.gates import Measured
+from pipelines.filter_probes import recall_filtered
+from pipelines.gates import GateLimits, Measured
 from pipelines.hashes import id_hashes, vids
-from pipelines.index.probe import exact_scores, exact_top, recall_at
+from pipelines.index.probe import recall_at
 from pipelines.index.search import SegmentSearcher
 from pipelines.manifest import Manifest, ManifestObject, TablePin
 from pipelines.schema import ACTION, ADD, DELETE, ID, ID_HASH, TEXT, TEXT_HASH, VECTOR, VID
@@ -26,8 +27,8 @@ from pipelines.stores import lance
 from pipelines.stores.parquet import FINGERPRINT, decode, metadata_of
 from pipelines.telemetry import Observer
 from pipelines.towers import fetch
+from pipelines.truth import TOP, Truth, matrix
 
-TOP = 10
 _REPLAYED = 16
 _SEARCHERS = 4
 _MOST_LANCE_QUERIES = 64
@@ -54,6 +55,7 @@ class Candidate:
     texts: Mapping[str, str] = field(default_factory=dict, repr=False)
     delete_ratio: float | None = None
     samples: int = 128
+    recall_filtered: float = GateLimits.recall_filtered
     token_budget: int | None = None
 
     @cached_property
@@ -72,6 +74,11 @@ class Candidate:
     def uri(self) -> str:
         """The address of the table."""
         return self.store.uri(self.table.uri)
+
+    @property
+    def truth(self) -> Truth:
+        """What searches of it are compared with."""
+        return Truth(uri=self.uri, samples=self.samples, **self.address)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +104,13 @@ def measure(candidate: Candidate, observer: Observer) -> Measured:
     found |= log.measured
     with observer.stage("search"):
         segments = SegmentSearcher.open(candidate.store, candidate.manifest)
-        table = lance.TableSearcher(candidate.uri, candidate.table.version, candidate.options)
+        table = lance.TableSearcher(candidate.uri, candidate.table.version, candidate.options, **lance.tuned(candidate.manifest))
         found |= _counted(candidate, segments)
         found["deleted_found"] = _still_there(candidate, log.gone, segments)
         sample = _sample(candidate, log.changed)
         found |= _searched(candidate, sample, segments, table, skipped)
+        if sample.ids:
+            found |= recall_filtered(segments, table, sample.vectors, skipped, floor=candidate.recall_filtered)
     with observer.stage("replay"):
         found |= _replayed(candidate, skipped)
     if candidate.delete_ratio is None:
@@ -165,7 +174,7 @@ class _Log:
 
     def _look_at(self, rows: pa.Table) -> None:
         """Note vectors that are not sound, and which products have a new one."""
-        norms = np.linalg.norm(_matrix(rows.column(VECTOR)), axis=1)
+        norms = np.linalg.norm(matrix(rows.column(VECTOR)), axis=1)
         sound = np.isfinite(norms) & (norms > 0)
         gaps = np.abs(np.where(sound, norms, 1.0) - 1.0)
         ids = rows.column(ID)
@@ -216,7 +225,7 @@ def _sample(candidate: Candidate, changed: Sequence[npt.NDArray[np.int64]]) -> _
         ids=rows.column(ID).to_pylist(),
         vids=rows.column(VID).to_numpy(),
         text_hashes=rows.column(TEXT_HASH).to_pylist(),
-        vectors=_matrix(rows.column(VECTOR)),
+        vectors=matrix(rows.column(VECTOR)),
     )
 
 
@@ -228,8 +237,9 @@ def _searched(
         for name in ("self_retrieval", "recall_faiss", "recall_lance", "parity", "churn", "identical"):
             skipped[name] = "the generation has no product"
         return {}
-    rows = partial(_stream, candidate)
-    exact_vids, exact = exact_top(rows, sample.vectors, TOP)
+    truth = candidate.truth
+    held = truth.held_for(sample.vectors)
+    exact = held.scores
     faiss_hits = segments.search(sample.vectors, TOP)
     # A table search costs milliseconds each, so half of a large sample asks for them.
     asked = np.arange(0, len(sample.ids), 2 if len(sample.ids) > _MOST_LANCE_QUERIES else 1)
@@ -238,12 +248,10 @@ def _searched(
         searches = pool.map(lambda row: table.nearest(sample.vectors[row], TOP).column(VID).to_numpy(), asked)
         for row, answers in zip(asked, searches, strict=True):
             lance_vids[row, : len(answers)] = answers
-    # One pass over the table scores the answers of both.
-    scores = exact_scores(rows, sample.vectors, np.hstack([faiss_hits.vids, lance_vids]))
-    by_faiss, by_lance = scores[:, :TOP], scores[:, TOP:]
+    by_faiss, by_lance = held.score_of(faiss_hits.vids), held.score_of(lance_vids)
     recalls = {
-        "faiss": recall_at(faiss_hits.vids, by_faiss, exact_vids, exact, TOP),
-        "lance": recall_at(lance_vids[asked], by_lance[asked], exact_vids[asked], exact[asked], TOP),
+        "faiss": recall_at(faiss_hits.vids, by_faiss, held.vids, exact, TOP),
+        "lance": recall_at(lance_vids[asked], by_lance[asked], held.vids[asked], exact[asked], TOP),
     }
     own = _finds_itself(sample, faiss_hits.vids, by_faiss, exact)
     own_lance = _finds_itself(sample, lance_vids, by_lance, exact)[asked]
@@ -312,7 +320,7 @@ def _replayed(candidate: Candidate, skipped: dict[str, str]) -> dict[str, Any]:
     tower = [item for item in candidate.manifest.attachments if item.role == "tower"]
     options = EncodeOptions(token_budget=candidate.token_budget)
     encoder = Encoder(fetch(candidate.store, tower), fingerprint=candidate.manifest.tower, options=options)
-    stored = _matrix(rows.column(VECTOR))
+    stored = matrix(rows.column(VECTOR))
     ids = rows.column(ID).to_pylist()
     cosines = []
     for name, vector in zip(ids, stored, strict=True):
@@ -320,15 +328,3 @@ def _replayed(candidate: Candidate, skipped: dict[str, str]) -> dict[str, Any]:
         cosines.append(float(again @ vector / (np.linalg.norm(again) * np.linalg.norm(vector))))
     order = np.argsort(cosines)
     return {"replay_cosine": min(cosines, default=1.0), "replay_ids": tuple(ids[row] for row in order[:TOP])}
-
-
-def _stream(candidate: Candidate) -> Iterator[tuple[npt.NDArray[np.int64], Vectors]]:
-    for batch in lance.read_rows(candidate.uri, columns=[VID, VECTOR], batch_rows=1 << 14, **candidate.address):
-        yield batch.column(VID).to_numpy(), _matrix(batch.column(VECTOR))
-
-
-def _matrix(column: pa.ChunkedArray) -> Vectors:
-    """Return vectors as float32 rows."""
-    dims = column.type.list_size
-    parts = [chunk.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, dims) for chunk in column.chunks]
-    return np.concatenate([np.empty((0, dims), np.float32), *parts])

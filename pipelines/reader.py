@@ -10,6 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -27,15 +28,17 @@ from pipelines.manifest import Manifest, ManifestObject, check_generation
 from pipelines.publish import current, open_manifest, read_manifest
 from pipelines.schema import ID
 from pipelines.storage import Store
-from pipelines.stores.lance import TableSearcher, as_lancedb
+from pipelines.stores.lance import TableSearcher, as_lancedb, tuned
 from pipelines.towers import ROLE, fetch
-from pipelines.where import Filter, parse_where
+from pipelines.variants import best_of_groups
+from pipelines.where import Column, Expression, Filter, Nulls, parse_where
 
 if TYPE_CHECKING:
     from encoder.inference import Encoder
 
 Engine = Literal["faiss", "lance"]
 Verify = Literal["size", "full"]
+Where = str | Column | Expression | Filter
 Query = str | Sequence[float] | npt.NDArray[np.floating[Any]]
 
 SCORE = "score"
@@ -54,7 +57,7 @@ class Opened:
         self._store, self._options, self._tower, self._cache = store, options, tower, cache
         if tower is not None:
             _check_tower(tower, store, manifest)
-        self.table = TableSearcher(store.uri(manifest.table.uri), manifest.table.version, options)
+        self.table = TableSearcher(store.uri(manifest.table.uri), manifest.table.version, options, **tuned(manifest))
         self.segments = SegmentSearcher.open(store, manifest, cache=cache)
         self._encoder: Encoder | None = None
         self._lock = threading.Lock()
@@ -90,38 +93,89 @@ class Opened:
         query: Query,
         k: int = 10,
         *,
-        where: str | Filter | None = None,
+        where: Where | None = None,
+        nulls: Nulls = "drop",
         engine: Engine = "faiss",
         exact: bool = False,
         columns: Sequence[str] = (),
+        group_by: str | None = None,
+        per_group: int = 1,
     ) -> pa.Table:
         """Return the `k` nearest live products, best first: id, score (cosine), then `columns` of the table.
 
-        `exact` compares every vector of the table instead of asking an index.
+        `where` is a filter as a text or built with `col`; `nulls="keep"` passes also the rows that it leaves undecided
+        because a value is missing. `exact` compares every vector of the table instead of asking an index. With
+        `group_by`, at most `per_group` of the answers share a value of that column.
         """
         if engine not in get_args(Engine):
             raise InputError(f"there is no engine `{engine}`. Use {' or '.join(get_args(Engine))}.")
         shown = [name for name in dict.fromkeys(columns) if name != ID]
-        if unknown := [name for name in shown if name not in self.table.columns]:
-            raise InputError(
-                f"{self.manifest.generation} has no column {', '.join(map(repr, unknown))} to show. It has: {', '.join(self.table.columns)}."
-            )
-        chosen = parse_where(where, self.table.columns) if isinstance(where, str) else where
+        self._check_columns([*shown, *([] if group_by is None else [group_by])], "show" if group_by in (None, *shown) else "group by")
+        chosen = self._filter(where, nulls)
         if k < 1:
             raise InputError(f"k is {k}; ask for at least one answer.")
+        if per_group < 1 or (group_by is None and per_group != 1):
+            raise InputError(f"per_group is {per_group}: give `group_by` a column, and `per_group` at least one answer of each group.")
         vector = self.embed(query)
+        ask = partial(self._answers, vector, where=chosen, engine=engine, exact=exact)
+        if group_by is None:
+            return ask(k, columns=shown)
+        grouped = partial(ask, columns=[group_by])
+        found = best_of_groups(grouped, group=group_by, per_group=per_group, k=k, total=self.table.num_rows)
+        return self._with_columns(found.select([ID, SCORE]), shown)
+
+    def _answers(
+        self,
+        vector: npt.NDArray[np.float32],
+        k: int,
+        *,
+        where: Filter | None,
+        engine: Engine,
+        exact: bool,
+        columns: Sequence[str],
+    ) -> pa.Table:
         if engine == "lance" or exact:
-            return self.table.nearest(vector, k, where=chosen, exact=exact, columns=shown).select([ID, SCORE, *shown])
-        allowed = self.table.matching(chosen) if chosen is not None else None
+            names = [name for name in columns if name != ID]
+            return self.table.nearest(vector, k, where=where, exact=exact, columns=names).select([ID, SCORE, *names])
+        allowed = self.table.matching(where) if where is not None else None
         hits = self.segments.search(vector[None, :], k, allowed=allowed)
         ids = pa.array(hits.ids[0], pa.string())
         answers = pa.table({ID: ids, SCORE: pa.array(hits.scores[0][: len(ids)].astype(np.float64))})
-        if shown:
-            rows = self.table.rows(hits.ids[0], [ID, *shown])
-            place = pc.index_in(ids, rows.column(ID).combine_chunks())
-            for name in shown:
-                answers = answers.append_column(rows.schema.field(name), rows.column(name).take(place))
+        return self._with_columns(answers, columns)
+
+    def _with_columns(self, answers: pa.Table, columns: Sequence[str]) -> pa.Table:
+        """Put columns of the table behind answers."""
+        names = [name for name in columns if name != ID]
+        if not names:
+            return answers
+        ids = answers.column(ID).combine_chunks()
+        rows = self.table.rows(ids.to_pylist(), [ID, *names])
+        place = pc.index_in(ids, rows.column(ID).combine_chunks())
+        for name in names:
+            answers = answers.append_column(rows.schema.field(name), rows.column(name).take(place))
         return answers
+
+    def _check_columns(self, names: Sequence[str], purpose: str) -> None:
+        if unknown := [name for name in names if name not in self.table.columns]:
+            raise InputError(
+                f"{self.manifest.generation} has no column {', '.join(map(repr, unknown))} to {purpose}. It has: {', '.join(self.table.columns)}."
+            )
+
+    def _filter(self, where: Where | None, nulls: Nulls) -> Filter | None:
+        """Return a filter that fits the table."""
+        columns = self.table.columns
+        if where is None:
+            if nulls != "drop":
+                raise InputError(f"nulls is `{nulls}`, which says what a filter does with missing values, and there is no filter.")
+            return None
+        if isinstance(where, str):
+            return parse_where(where, columns, nulls=nulls)
+        if isinstance(where, Expression | Column):
+            return where.filter(columns, nulls=nulls)
+        if not isinstance(where, Filter):
+            raise InputError(f"a filter is a text or made with `col`, not {type(where).__name__}.")
+        self._check_columns(sorted(where.columns), "filter by")
+        return Filter.of(where.tree, nulls)
 
 
 class Reader:

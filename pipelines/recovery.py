@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.build import Build
-from pipelines.candidate import whole_index
+from pipelines.candidate import indexed, whole_index
 from pipelines.errors import InputError
 from pipelines.gates import Gate, GateLimits, Waiver, judge, to_json, verdicts
+from pipelines.index.update import FAISS_INDEX
 from pipelines.manifest import Manifest, canonical
 from pipelines.probes import Candidate, measure
 from pipelines.publish import write_generation
 from pipelines.stores import lance
 from pipelines.stores.parquet import replay
+from pipelines.table_index import LANCE_INDEX
 
 
 def rebuild(
@@ -34,13 +36,8 @@ def rebuild(
         lance.restore(uri, version=None, options=build.options)
         version = lance.build(uri, replay(store, lost.parts, build.space.columns), spec, build.options)
         progress.advance(lance.counts(uri, version=version, options=build.options))
-    with build.observer.stage("indexes"):
-        state = lance.refresh_indexes(uri, spec, build.options, at=version)
-    with build.observer.stage("read-back"):
-        pin = lance.pin(
-            uri, version=state.version, tag=build.generation, previous=None, store=store, key=build.table_key, options=build.options
-        )
-    index = whole_index(build, pin, live=lost.counts["live"])
+    applied = indexed(build, version=version, previous=None)
+    index = whole_index(build, applied, live=lost.counts["live"])
     kept = tuple(item for item in lost.attachments if item.role != "attachment")
     manifest = replace(
         lost,
@@ -48,14 +45,18 @@ def rebuild(
         parent=lost.generation,
         created_at=datetime.now(tz=UTC),
         run_id=build.run_id,
-        table=pin,
+        table=applied.pin,
         segments=index.segments,
         tombstones=index.tombstones,
         attachments=kept,
+        indexes={FAISS_INDEX: index.use, LANCE_INDEX: applied.use},
         gates={},
     )
-    found = measure(Candidate(store=store, options=build.options, manifest=manifest, samples=samples), build.observer)
+    found = measure(
+        Candidate(store=store, options=build.options, manifest=manifest, samples=samples, recall_filtered=limits.recall_filtered),
+        build.observer,
+    )
     gates = judge(found, limits, waivers, datetime.now(tz=UTC).date())
-    report: dict[str, Any] = {"format": 1, "rebuilt_from": lost.generation, "index": {"action": index.action, "reason": index.reason}}
+    report: dict[str, Any] = {"format": 1, "rebuilt_from": lost.generation, "index": asdict(index.use)}
     attachments = {"gates.json": to_json(gates), "report.json": canonical(report)}
     return write_generation(store, replace(manifest, gates=verdicts(gates)), attachments), gates

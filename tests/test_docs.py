@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from jobs.settings import SECTIONS
-from pipelines.gates import GATES
+from pipelines.gate_advice import GATES
 from pipelines.normalize.reasons import REASONS
 from pipelines.report import LATE_REASONS
 

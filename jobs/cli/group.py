@@ -138,11 +138,13 @@ def config_path(obj: dict[str, Any]) -> Path:
     return given or Path("catalog-embed.yaml")
 
 
-def settings_of(obj: dict[str, Any], **overrides: Any) -> Any:
+def settings_of(obj: dict[str, Any], *, index_spec: str | None = None, **overrides: Any) -> Any:
     """Load the project's settings, with what this command overrides."""
-    from jobs.settings import load
+    from jobs.settings import load, with_index
 
-    return load(config_path(obj), target=obj["target"], overrides={name.replace("__", "."): value for name, value in overrides.items()})
+    named = {name.replace("__", "."): value for name, value in overrides.items()}
+    settings = load(config_path(obj), target=obj["target"], overrides=named)
+    return settings if index_spec is None else with_index(settings, index_spec)
 
 
 class GenerationId(click.ParamType[str]):
@@ -233,6 +235,12 @@ deletes_option = click.option(
     type=click.Choice(["auto", "tombstones", "scan", "off"]),
     default=None,
     help="How vanished products are found. auto: absence in a whole read, a scan of all ids beside a narrow one. Default: the configuration's.",
+)
+index_option = click.option(
+    "--index-spec",
+    default=None,
+    metavar="FACTORY",
+    help="The FAISS index to build, such as IVF1024,RaBitQfs,Refine(SQ8) or Flat, for this command. Default: the configuration's, chosen from its budget.",
 )
 break_lease_option = click.option(
     "--break-lease", is_flag=True, help="End the lease of the run that holds it, which can then not publish. For a run that is dead."

@@ -1,4 +1,4 @@
-"""Looking: status, runs, generations, diff, search, explain, export."""
+"""Looking: status, runs, generations, diff, search, explain, report, export."""
 
 from __future__ import annotations
 
@@ -126,8 +126,17 @@ def diff(obj: dict[str, Any], before: str, after: str, sample: int, output: str)
 @click.option(
     "--where", default=None, metavar="FILTER", help="Only products that pass, such as \"price < 80 and brand in ('Acme', 'Nord')\"."
 )
+@click.option(
+    "--nulls",
+    type=click.Choice(["drop", "keep"]),
+    default="drop",
+    show_default=True,
+    help="What becomes of products that the filter does not decide, because a value is missing.",
+)
 @click.option("--engine", type=click.Choice(["faiss", "lance"]), default="faiss", show_default=True, help="Which index answers.")
 @click.option("--exact", is_flag=True, help="Compare every vector instead of asking an index.")
+@click.option("--group-by", default=None, metavar="COLUMN", help="Show few products of each group, such as the variants of one article.")
+@click.option("--per-group", type=click.IntRange(min=1), default=1, show_default=True, help="How many of each group.")
 @click.option("--columns", default="", metavar="NAMES", help="Columns to show, with commas between. Default: all that the index keeps.")
 @click.option("--generation", default=None, type=GENERATION, help="Search this generation instead of the live one.")
 @output_option("text", "json", "jsonl")
@@ -137,7 +146,10 @@ def search(
     query: str,
     top: int,
     where: str | None,
+    nulls: Any,
     engine: Any,
+    group_by: str | None,
+    per_group: int,
     columns: str,
     generation: str | None,
     output: str,
@@ -150,7 +162,8 @@ def search(
 
     with reader(settings_of(obj), generation=generation) as opened:
         chosen = [name.strip() for name in columns.split(",") if name.strip()] or list(opened.opened.table.kept)
-        rows = opened.search(query, top, where=where, engine=engine, exact=exact, columns=chosen).to_pylist()
+        how = {"engine": engine, "exact": exact, "group_by": group_by, "per_group": per_group}
+        rows = opened.search(query, top, where=where, nulls=nulls, columns=chosen, **how).to_pylist()
         name = opened.generation
     lines = [f"{name}  {counted(len(rows), 'product')}\n"]
     for row in rows:
@@ -172,6 +185,42 @@ def explain(obj: dict[str, Any], product: str, output: str, ray_address: str | N
     steps = list(trace(settings_of(obj, ray__address=ray_address), product, verbose=obj["verbose"] > 0))
     lines = [f"{step:<14}  {printable(found)}\n" for step, found in steps]
     say([{"step": step.strip(), "found": found} for step, found in steps], "".join(lines), output)
+
+
+@cli.command(cls=Command)
+@click.argument("generation", type=GENERATION, required=False)
+@click.option("--against", default=None, type=GENERATION, help="Compare with this generation. Default: the one it grew from.")
+@click.option(
+    "--queries",
+    default=None,
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Ask with these queries: a .txt file with one a line, or a .parquet file with a column `query`. Default: products, chosen by hash.",
+)
+@click.option("--samples", default=None, type=click.IntRange(1, 10_000), help="Ask at most so many. Default: `gates: samples`.")
+@click.option("--top", default=5, type=click.IntRange(0, 1000), show_default=True, help="How many of the worst queries to show.")
+@click.option("--html", default=None, type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write it as a web page, too.")
+@output_option("text", "json")
+@click.pass_obj
+def report(
+    obj: dict[str, Any],
+    generation: str | None,
+    against: str | None,
+    queries: Path | None,
+    samples: int | None,
+    top: int,
+    html: Path | None,
+    output: str,
+) -> None:
+    """Show how the index stands: its lists and their drift, whether FAISS and Lance agree, and what changed for those who search."""
+    from jobs.reporting import report as measured
+    from jobs.reporting import write_page
+    from pipelines.health import report_text
+
+    found = measured(settings_of(obj), generation, against=against, queries=queries, samples=samples, top=top)
+    if html is not None:
+        write_page(found, html)
+    say(asdict(found), report_text(found), output)
 
 
 @cli.command(cls=Command)

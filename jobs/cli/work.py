@@ -18,6 +18,7 @@ from jobs.cli.group import (
     cli,
     confirm,
     deletes_option,
+    index_option,
     moment,
     now_option,
     output_option,
@@ -38,6 +39,7 @@ CHANGES_PRESENT = 3
 @click.option("--dry-run", is_flag=True, help="Only plan: show what would be done and write nothing.")
 @click.option("--no-publish", is_flag=True, help="Build and judge the generation, and leave publishing to `publish`.")
 @click.option("--reason", default="", metavar="TEXT", help="A note that the publish log keeps.")
+@index_option
 @break_lease_option
 @yes_option
 @progress_option
@@ -53,6 +55,7 @@ def run(
     dry_run: bool,
     no_publish: bool,
     reason: str,
+    index_spec: str | None,
     break_lease: bool,
     yes: bool,
     progress: Any,
@@ -71,7 +74,7 @@ def run(
     """
     from jobs.nightly import Night, run_night
 
-    settings = settings_of(obj, ray__address=ray_address)
+    settings = settings_of(obj, index_spec=index_spec, ray__address=ray_address)
     night = Night(since=since, deletes=deletes, now=moment(now), verbose=obj["verbose"] > 0, publish=not no_publish, reason=reason)
     if dry_run:
         _only_plan(settings, night, output)
@@ -209,6 +212,7 @@ def apply(
 )
 @click.option("--publish", "publish_it", is_flag=True, help="Publish the result at once. Without it, `publish` does.")
 @click.option("--dry-run", is_flag=True, help="Only plan: show what would be made again and write nothing.")
+@index_option
 @break_lease_option
 @yes_option
 @progress_option
@@ -227,6 +231,7 @@ def backfill(
     *,
     publish_it: bool,
     dry_run: bool,
+    index_spec: str | None,
     break_lease: bool,
     yes: bool,
     progress: Any,
@@ -242,7 +247,7 @@ def backfill(
     from jobs.backfill import Choice, chosen
     from jobs.nightly import Night, run_night
 
-    settings = settings_of(obj, ray__address=ray_address)
+    settings = settings_of(obj, index_spec=index_spec, ray__address=ray_address)
     choice = Choice(where=where, ids=_ids(ids), since=since, until=until, reason=reason, tower=tower)
     plain = Night(now=moment(now), verbose=obj["verbose"] > 0, publish=publish_it, command="backfill")
     night = chosen(settings, choice, plain)
@@ -330,19 +335,20 @@ def _end(record: Any, output: str) -> None:
 
 @cli.command(cls=Command)
 @click.option("--no-publish", is_flag=True, help="Build and judge the generation, and leave publishing to `publish`.")
+@index_option
 @progress_option
 @output_option("text", "json", "jsonl")
 @click.pass_obj
-def rebuild(obj: dict[str, Any], progress: Any, output: str, *, no_publish: bool) -> None:
+def rebuild(obj: dict[str, Any], index_spec: str | None, progress: Any, output: str, *, no_publish: bool) -> None:
     """Make the live generation's table and index anew from the vector log, and publish them.
 
-    For a table or a segment that is damaged or lost. No text is embedded and the catalog is not read; every part of the
+    For a table or a segment that is damaged or lost, and for another kind of index at once. No text is embedded and the catalog is not read; every part of the
     log is verified. The content stays the same. Exits 10 when a gate fails.
     """
     from jobs.nightly import Night
     from jobs.rebuilding import rebuild_live
 
-    settings = settings_of(obj)
+    settings = settings_of(obj, index_spec=index_spec)
     with _watched(obj, progress) as listeners:
         record = rebuild_live(settings, _with(Night(publish=not no_publish, command="rebuild"), listeners))
     _end(record, output)

@@ -1,90 +1,74 @@
-"""A segment from rows: the same rows give the same bytes, in whatever order and batches they come.
+"""A segment from rows: the same rows give the same bytes, in whatever order and pieces they come, whoever encodes them.
 
-Vectors pass through a file in the work folder, in the order of their numbers, so memory holds the growing index, the
-numbers, the ids and the training sample: 250,000 products of 384 dimensions took 0.6 GiB, as Flat and as codes of a byte.
+Rows come as pieces that can be read on any worker. They are read twice: once for numbers, ids and a training sample,
+once to be encoded with the template that the sample trained. The builder holds the finished index, the numbers and the
+ids; codes pass through a file in the work folder; a worker holds one batch of vectors and the codes of one piece.
 """
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipelines.contracts import Spread, one_by_one
 from pipelines.errors import InputError, PlanError
-from pipelines.index.loading import load_template, trained_sha256
+from pipelines.index.choosing import SAMPLE_PER_LIST
+from pipelines.index.lists import Codes, Floats, Numbers, append_codes, by_list, encode, fill, imbalance, pieces, trained, trained_sha256
+from pipelines.index.loading import load_template
 from pipelines.index.segments import CARD, FAISS, FILES, IDS, TRAINED, Roster, Vids, card_bytes, keep, write_table
-from pipelines.index.spec import FLAT, MAX_ROWS_PER_LIST, IndexSpec, Kind, Segment
+from pipelines.index.spec import IndexSpec, Segment, Training
 from pipelines.manifest import ManifestObject
 from pipelines.schema import ID, VECTOR, VECTOR_TYPES, VID
 from pipelines.storage import Store
 
-Batches = Callable[[], Iterator[pa.Table]]
-"""Rows with ID, VID and VECTOR, as often as asked for; order and batch sizes may differ each time."""
+Piece = Callable[[], Iterator[pa.Table]]
+"""Rows with ID, VID and VECTOR, as often as asked for; order and batch sizes may differ each time. Picklable."""
 
-# How many vectors FAISS is given at once. Part of what makes equal rows equal bytes, so it is no option.
-_BLOCK_ROWS = 65_536
+_SPREAD_DIGITS = 6
+# Ranges of one-byte codes need more than centroids do: learned from 64 of 300 vectors, recall@10 was .93; from all, .99.
+_LEAST_SAMPLE = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """What is to be built."""
+class Rows:
+    """What a segment is built of: the pieces, how many rows they have, and who reads them."""
 
-    segment_id: str
-    kind: Kind
-    spec: IndexSpec
-    template: Segment | None
-
-    def __post_init__(self) -> None:
-        if (self.kind == "delta") != (self.template is not None):
-            raise InputError(f"{self.segment_id}: a delta extends a base, and a base extends nothing. Pass `template` for a delta alone.")
-        if self.template is not None and self.template.spec != self.spec:
-            raise InputError(f"{self.segment_id}: the delta is {self.spec} and its base {self.template.spec}. Take the spec of the base.")
+    pieces: Sequence[Piece]
+    count: int
+    spread: Spread = one_by_one
+    in_flight: int = 4
 
 
-def build_segment(
-    store: Store, segment_id: str, batches: Batches, spec: IndexSpec, *, kind: Kind, template: Segment | None, work: Path
-) -> Segment:
-    """Build one segment and store it. A base trains its own template; a delta takes that of the base, `template`.
+def build_base(store: Store, name: str, rows: Rows, spec: IndexSpec, *, work: Path) -> Segment:
+    """Train a template on a sample of the rows, build a segment of all of them, and store both.
 
     A repeated run finds what it stored before, and stores the rest.
     """
-    plan = _Plan(segment_id=segment_id, kind=kind, spec=spec, template=template)
-    roster = gather(batches)
-    if not len(roster.vids):
-        raise InputError(f"{segment_id}: there are no rows to build a segment from.")
-    work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        vectors = _sorted_vectors(batches, roster, dims=spec.dims, path=Path(folder) / "vectors")
-        files = _Files(store, segment_id, Path(folder))
-        index = _trained(store, plan, roster, vectors)
-        if kind == "base" and spec.nlist is not None:
-            files.keep_index(TRAINED, index, rows=0)
-        _fill(index, roster, vectors)
-        files.keep_index(FAISS, index, rows=len(roster.vids))
-        return _finish(files, plan, roster, trained_sha256(index))
+    roster, sample = _surveyed(name, rows, spec, sample_rows=max(SAMPLE_PER_LIST * spec.nlist, _LEAST_SAMPLE) if spec.nlist else 0)
+    files, template = Files(store, name, work), trained(spec, sample)
+    sha256 = trained_sha256(template)
+    stored = _Stored(files.keep_index(TRAINED, template, rows=0), sha256) if sha256 else None
+    return _filled(files, roster, rows, spec, stored=stored, owner=None)
 
 
-def gather(batches: Batches) -> Roster:
+def build_delta(store: Store, name: str, rows: Rows, owner: Segment, *, work: Path) -> Segment:
+    """Build a segment with the trained template of a base, and store it."""
+    roster, _ = _surveyed(name, rows, owner.spec, sample_rows=0)
+    stored = _Stored(owner.object(TRAINED), owner.trained.sha256) if owner.trained else None
+    return _filled(Files(store, name, work), roster, rows, owner.spec, stored=stored, owner=owner)
+
+
+def gather(piece: Piece) -> Roster:
     """Read numbers and ids of all rows, or raise `PlanError` when two rows have one number."""
-    tables = [table.select([VID, ID]) for table in batches()]
-    if not tables:
-        return Roster(vids=np.empty(0, np.int64), ids=pa.chunked_array([], pa.string()))
-    table = pa.concat_tables(tables)
-    vids = table[VID].to_numpy()
-    order = np.argsort(vids, kind="stable")
-    roster = Roster(vids=vids[order], ids=table[ID].take(pa.array(order)))
-    if len(repeated := np.flatnonzero(np.diff(roster.vids) == 0)):
-        first, second = (roster.ids[int(repeated[0]) + step].as_py() for step in (0, 1))
-        raise clash(int(roster.vids[repeated[0]]), first, second)
-    return roster
+    return _roster([_look(piece, 0, np.uint64(0))])
 
 
 def clash(vid: int, first: str, second: str) -> PlanError:
@@ -94,72 +78,195 @@ def clash(vid: int, first: str, second: str) -> PlanError:
     return PlanError(f"products {first[:80]!r} and {second[:80]!r} share the number {vid}. Rename one of them in the catalog.")
 
 
-class _Files:
+class Files:
     """Stores the files of one segment, each once, and remembers what the manifest must list."""
 
-    def __init__(self, store: Store, segment_id: str, folder: Path) -> None:
+    def __init__(self, store: Store, name: str, work: Path) -> None:
+        self.name, self.work = name, work
         self.objects: list[ManifestObject] = []
         self._store = store
-        self._prefix = f"segments/{segment_id}"
-        self._folder = folder
+        work.mkdir(parents=True, exist_ok=True)
 
-    def keep_index(self, role: str, index: Any, *, rows: int) -> None:
-        path = self._folder / FILES[role]
-        faiss.write_index(index, str(path))
-        self._keep(role, path, rows=rows)
+    @property
+    def store(self) -> Store:
+        """Where they are kept."""
+        return self._store
 
-    def keep_roster(self, roster: Roster) -> None:
-        path = self._folder / FILES[IDS]
-        write_table(pa.table({VID: roster.vids, ID: roster.ids}), path)
-        self._keep(IDS, path, rows=len(roster.vids))
+    def keep_index(self, role: str, index: Any, *, rows: int) -> ManifestObject:
+        """Store an index."""
+        return self._keep(role, lambda path: faiss.write_index(index, str(path)), rows=rows)
 
-    def keep_card(self, data: bytes) -> None:
-        path = self._folder / FILES[CARD]
-        path.write_bytes(data)
-        self._keep(CARD, path, rows=None)
+    def finish(self, segment: Segment, index: Any, roster: Roster) -> Segment:
+        """Store the index, the id map and the card, which comes last: a folder with a card is whole."""
+        self.keep_index(FAISS, index, rows=segment.rows)
+        self._keep(IDS, lambda path: write_table(pa.table({VID: roster.vids, ID: roster.ids}), path), rows=segment.rows)
+        self._keep(CARD, lambda path: path.write_bytes(card_bytes(segment)), rows=None)
+        return replace(segment, objects=tuple(self.objects))
 
-    def _keep(self, role: str, path: Path, *, rows: int | None) -> None:
-        ref = keep(self._store, f"{self._prefix}/{path.name}", path)
+    def _keep(self, role: str, write: Callable[[Path], object], *, rows: int | None) -> ManifestObject:
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            path = Path(folder) / FILES[role]
+            write(path)
+            ref = keep(self._store, f"segments/{self.name}/{path.name}", path)
         self.objects.append(ManifestObject.of(ref, role=role, rows=rows))
-        path.unlink()
+        return self.objects[-1]
 
 
-def _finish(files: _Files, plan: _Plan, roster: Roster, trained: str | None) -> Segment:
-    """Store the id map and the card, which comes last: a folder with a card is whole."""
-    files.keep_roster(roster)
+class _Stored(NamedTuple):
+    """A trained template in the store."""
+
+    item: ManifestObject
+    sha256: str
+
+
+class _Seen(NamedTuple):
+    """What the first reading of a piece brings: every number and id, and the vectors that may be sampled."""
+
+    vids: Vids
+    ids: pa.ChunkedArray
+    sampled: Vids
+    vectors: Floats
+
+
+class _Coded(NamedTuple):
+    """What the second reading brings: every row as the index keeps it."""
+
+    vids: Vids
+    lists: npt.NDArray[np.int32]
+    codes: Codes
+    finer: Codes
+    closeness: npt.NDArray[np.float64]
+
+
+def _surveyed(name: str, rows: Rows, spec: IndexSpec, *, sample_rows: int) -> tuple[Roster, Floats]:
+    """Read numbers and ids of all rows, and the vectors of a sample that depends on the set of numbers alone."""
+    # The sample is the smallest hashed numbers. Hashes are even, so a worker need only send those below this.
+    share = min(1.0, 1.2 * sample_rows / max(rows.count, 1) + 1e-3)
+    below = np.uint64(share * float(2**64 - 2**12)) if sample_rows else np.uint64(0)
+    seen = list(rows.spread(_look, ((piece, spec.dims, below) for piece in rows.pieces), in_flight=rows.in_flight))
+    roster = _roster(seen)
+    if not len(roster.vids):
+        raise InputError(f"{name}: there are no rows to build a segment from.")
+    vids = np.concatenate([found.sampled for found in seen])
+    vectors = np.concatenate([found.vectors for found in seen])
+    if len(vids) > sample_rows:
+        chosen = np.argpartition(mixed(vids), sample_rows)[:sample_rows]
+        vids, vectors = vids[chosen], vectors[chosen]
+    return roster, vectors[np.argsort(vids)]
+
+
+def _look(piece: Piece, dims: int, below: np.uint64) -> _Seen:
+    """Read a piece for the first time."""
+    numbers, ids, sampled, vectors = [np.empty(0, np.int64)], [], [np.empty(0, np.int64)], [np.empty((0, dims), np.float32)]
+    for table in piece():
+        vids, names = _names(table)
+        numbers.append(vids)
+        ids += names.chunks
+        if below:
+            chosen = mixed(vids) < below
+            sampled.append(vids[chosen])
+            vectors.append(as_matrix(table.filter(pa.array(chosen))[VECTOR], dims=dims).astype(np.float32))
+    return _Seen(np.concatenate(numbers), pa.chunked_array(ids, pa.string()), np.concatenate(sampled), np.concatenate(vectors))
+
+
+def _encode(store: Store, spec: IndexSpec, stored: _Stored | None, piece: Piece) -> _Coded:
+    """Read a piece for the second time, and encode it."""
+    template = _template(store, spec, stored)
+    finer_bytes = _finer_bytes(template)
+    numbers, lists = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+    codes, finer = [np.empty((0, spec.code_bytes), np.uint8)], [np.empty((0, finer_bytes), np.uint8)]
+    closeness = [np.empty(0)]
+    for table in piece():
+        coded = encode(template, as_matrix(table[VECTOR], dims=spec.dims))
+        numbers.append(table[VID].to_numpy())
+        lists.append(coded.lists)
+        codes.append(coded.codes)
+        closeness.append(coded.closeness)
+        if coded.finer is not None:
+            finer.append(coded.finer)
+    return _Coded(np.concatenate(numbers), np.concatenate(lists), np.concatenate(codes), np.concatenate(finer), np.concatenate(closeness))
+
+
+def _template(store: Store, spec: IndexSpec, stored: _Stored | None) -> Any:
+    """Return the empty index that rows are encoded with."""
+    return load_template(store, stored.item, spec, trained=stored.sha256) if stored else trained(spec, np.empty((0, spec.dims), np.float32))
+
+
+def _finer_bytes(template: Any) -> int:
+    finer = pieces(template).finer
+    return int(finer.code_size) if finer is not None else 0
+
+
+class _Gathered:
+    """Codes of all rows in the order of the roster, in files that are mapped."""
+
+    def __init__(self, roster: Roster, folder: Path, *, code_bytes: int, finer_bytes: int) -> None:
+        size = len(roster.vids)
+        self.lists, self.closeness = np.zeros(size, np.int32), np.zeros(size)
+        self.codes = np.memmap(folder / "codes", dtype=np.uint8, mode="w+", shape=(size, code_bytes))
+        self.finer = np.memmap(folder / "finer", dtype=np.uint8, mode="w+", shape=(size, finer_bytes)) if finer_bytes else None
+        self._roster, self._seen = roster, np.zeros(size, np.bool_)
+
+    def put(self, coded: _Coded) -> None:
+        """Take the rows of one piece."""
+        at, known = self._roster.position(coded.vids)
+        if not known.all() or self._seen[at].any() or len(np.unique(at)) != len(at):
+            raise PlanError("the rows changed between two readings. Check that nothing writes to the run's parts, then run again.")
+        self.lists[at], self.codes[at], self.closeness[at], self._seen[at] = coded.lists, coded.codes, coded.closeness, True
+        if self.finer is not None:
+            self.finer[at] = coded.finer
+
+    def check(self) -> None:
+        """Raise unless every row came."""
+        if missing := int((~self._seen).sum()):
+            raise PlanError(f"{missing} rows were gone at the second reading. Check that nothing removes the run's parts.")
+
+
+def _filled(files: Files, roster: Roster, rows: Rows, spec: IndexSpec, *, stored: _Stored | None, owner: Segment | None) -> Segment:
+    """Encode all rows, wherever the cluster has room, and put them into the lists in the order of their numbers."""
+    size, index = len(roster.vids), _template(files.store, spec, stored)
+    parts = pieces(index)
+    with tempfile.TemporaryDirectory(dir=files.work) as folder:
+        found = _Gathered(roster, Path(folder), code_bytes=spec.code_bytes, finer_bytes=_finer_bytes(index))
+        arguments = ((files.store, spec, stored, piece) for piece in rows.pieces)
+        for coded in rows.spread(_encode, arguments, in_flight=rows.in_flight):
+            found.put(coded)
+        found.check()
+        if spec.nlist is None:
+            append_codes(index, found.codes)
+        else:
+            fill(index, by_list(found.lists, found.codes), rows=size)
+        if found.finer is not None:
+            append_codes(parts.finer, found.finer)
+            index.ntotal = size
+    spread = round(float(1.0 - found.closeness.mean()), _SPREAD_DIGITS)
+    training = owner.trained if owner else None
+    if owner is None and stored is not None:
+        even = imbalance(np.bincount(found.lists, minlength=spec.nlist or 1).astype(np.int64))
+        training = Training(sha256=stored.sha256, rows=size, spread=spread, imbalance=round(even, _SPREAD_DIGITS))
     segment = Segment(
-        name=plan.segment_id,
-        kind=plan.kind,
-        rows=len(roster.vids),
-        spec=plan.spec,
-        trained_sha256=trained,
-        template=plan.template.name if plan.template else None,
+        name=files.name,
+        kind="delta" if owner else "base",
+        rows=size,
+        spec=spec,
+        template=owner.name if owner else None,
+        trained=training,
+        spread=spread,
         objects=(),
     )
-    files.keep_card(card_bytes(segment))
-    return replace(segment, objects=tuple(files.objects))
+    return files.finish(segment, index, roster)
 
 
-def _sorted_vectors(batches: Batches, roster: Roster, *, dims: int, path: Path) -> npt.NDArray[np.floating[Any]]:
-    """Return the vectors in the order of the roster, mapped from a file that this writes."""
-    vectors: npt.NDArray[np.floating[Any]] | None = None
-    seen = np.zeros(len(roster.vids), np.bool_)
-    for table in batches():
-        if not len(table):
-            continue
-        at, known = roster.position(table[VID].to_numpy())
-        if not known.all() or seen[at].any():
-            raise PlanError("the rows changed between two readings. Check that nothing writes to the run's parts, then run again.")
-        block = _as_matrix(table[VECTOR], dims=dims)
-        if vectors is None:
-            vectors = np.memmap(path, dtype=block.dtype, mode="w+", shape=(len(roster.vids), dims))
-        vectors[at], seen[at] = block, True
-    if vectors is None or not seen.all():
-        raise PlanError(f"{int((~seen).sum())} rows were gone at the second reading. Check that nothing removes the run's parts.")
-    return vectors
+def mixed(vids: Vids) -> npt.NDArray[np.uint64]:
+    """Hash numbers once more, so that a sample by hash is no sample by number."""
+    # The finaliser of SplitMix64: https://prng.di.unimi.it/splitmix64.c
+    found = vids.astype(np.uint64)
+    found = (found ^ (found >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    found = (found ^ (found >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return found ^ (found >> np.uint64(31))
 
 
-def _as_matrix(column: pa.ChunkedArray, *, dims: int) -> npt.NDArray[np.floating[Any]]:
+def as_matrix(column: pa.ChunkedArray, *, dims: int) -> npt.NDArray[np.floating[Any]]:
     """Return a column of vectors as one matrix of the column's own precision."""
     kind = column.type
     if not pa.types.is_fixed_size_list(kind) or kind.list_size != dims or kind.value_type not in VECTOR_TYPES.values():
@@ -168,53 +275,24 @@ def _as_matrix(column: pa.ChunkedArray, *, dims: int) -> npt.NDArray[np.floating
         )
     if column.null_count:
         raise PlanError(f"{column.null_count} rows have no vector. Only rows with vectors can be indexed: plan again.")
-    flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    flat = [np.empty(0, kind.value_type.to_pandas_dtype()), *(chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks)]
     matrix: npt.NDArray[np.floating[Any]] = np.concatenate(flat).reshape(-1, dims)
     if not np.isfinite(matrix).all():
         raise PlanError("a vector holds a number that is not finite. Check the embed stage's quarantine.")
     return matrix
 
 
-def _trained(store: Store, plan: _Plan, roster: Roster, vectors: npt.NDArray[np.floating[Any]]) -> Any:
-    """Return an empty index that is ready to be filled."""
-    if plan.template is not None and plan.spec.nlist is not None:
-        return load_template(store, plan.template)
-    factory = f"IDMap2,{FLAT}" if plan.spec.factory == FLAT else plan.spec.factory
-    index: Any = faiss.index_factory(plan.spec.dims, factory, faiss.METRIC_INNER_PRODUCT)
-    if plan.spec.nlist is not None:
-        if len(roster.vids) < plan.spec.nlist:
-            raise InputError(f"{plan.segment_id}: {len(roster.vids)} rows cannot train the lists of {plan.spec.factory}. Choose Flat.")
-        index.nprobe = plan.spec.nprobe
-        sample = _sample(roster.vids, MAX_ROWS_PER_LIST * plan.spec.nlist)
-        with _one_thread():
-            index.train(np.asarray(vectors[sample], dtype=np.float32))
-    return index
+def _names(table: pa.Table) -> tuple[Vids, pa.ChunkedArray]:
+    return table[VID].to_numpy(), table[ID]
 
 
-def _sample(vids: Vids, size: int) -> npt.NDArray[np.int64]:
-    """Return the positions of the `size` rows whose hashed numbers are smallest: a sample that depends on the set alone."""
-    if len(vids) <= size:
-        return np.arange(len(vids))
-    # The finaliser of SplitMix64: https://prng.di.unimi.it/splitmix64.c
-    mixed = vids.astype(np.uint64)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    return np.sort(np.argpartition(mixed, size)[:size])
-
-
-def _fill(index: Any, roster: Roster, vectors: npt.NDArray[np.floating[Any]]) -> None:
-    for start in range(0, len(roster.vids), _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
-        index.add_with_ids(np.asarray(vectors[block], dtype=np.float32), roster.vids[block])
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Train on one thread. One to five gave equal bytes (faiss 1.15, 65,536 x 384), but k-means amplifies any rounding."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+def _roster(seen: Sequence[_Seen]) -> Roster:
+    """Put numbers and ids in order, or raise `PlanError` when two rows have one number."""
+    vids: Numbers = np.concatenate([np.empty(0, np.int64), *(found.vids for found in seen)])
+    ids = pa.chunked_array([chunk for found in seen for chunk in found.ids.chunks], pa.string())
+    order = np.argsort(vids, kind="stable")
+    roster = Roster(vids=vids[order], ids=ids.take(pa.array(order)))
+    if len(repeated := np.flatnonzero(np.diff(roster.vids) == 0)):
+        first, second = (roster.ids[int(repeated[0]) + step].as_py() for step in (0, 1))
+        raise clash(int(roster.vids[repeated[0]]), first, second)
+    return roster

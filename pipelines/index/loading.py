@@ -20,47 +20,39 @@ import faiss
 
 from pipelines.disk import CHUNK_BYTES, TEMPORARY
 from pipelines.errors import CorruptObject
-from pipelines.index.segments import FAISS, TRAINED
-from pipelines.index.spec import FLAT, Segment
-from pipelines.manifest import ManifestObject, canonical
+from pipelines.index.lists import difference, pieces, trained_sha256
+from pipelines.index.segments import FAISS
+from pipelines.index.spec import IndexSpec, Segment
+from pipelines.manifest import ManifestObject
 from pipelines.storage import Store
 
 # The limits of the FAISS reader belong to the process.
 _READER = threading.Lock()
 _LOOPS = 1 << 24
-_CODES = {"Flat": None, "SQ8": faiss.ScalarQuantizer.QT_8bit, "SQfp16": faiss.ScalarQuantizer.QT_fp16}
 
 
-def load_segment(store: Store, segment: Segment, *, cache: Path | None) -> Any:
+def load_segment(store: Store, segment: Segment, *, cache: Path | None = None) -> Any:
     """Return the index of a segment, as its card describes it, or raise `CorruptObject`."""
-    return _load(store, segment.object(FAISS), segment, rows=segment.rows, cache=cache)
+    trained = segment.trained.sha256 if segment.trained else None
+    return _load(store, segment.object(FAISS), segment.spec, trained=trained, rows=segment.rows, cache=cache)
 
 
-def load_template(store: Store, segment: Segment) -> Any:
-    """Return the trained, empty index that a base was filled from."""
-    return _load(store, segment.object(TRAINED), segment, rows=0, cache=None)
+def load_template(store: Store, item: ManifestObject, spec: IndexSpec, *, trained: str) -> Any:
+    """Return the trained, empty index that is stored under `item`."""
+    return _load(store, item, spec, trained=trained, rows=0, cache=None)
 
 
-def trained_sha256(index: Any) -> str | None:
-    """Hash what training made: the centroids, and the ranges of the codes. None for an index that is not trained."""
-    if not isinstance(index, faiss.IndexIVF):
-        return None
-    head = {"type": type(index).__name__, "dims": index.d, "lists": index.nlist, "by_residual": bool(index.by_residual)}
-    sha = hashlib.sha256(canonical(head))
-    sha.update(faiss.serialize_index(index.quantizer).tobytes())
-    if isinstance(index, faiss.IndexIVFScalarQuantizer):
-        sha.update(canonical({"codes": int(index.sq.qtype)}))
-        sha.update(faiss.vector_to_array(index.sq.trained).tobytes())
-    return sha.hexdigest()
-
-
-def _load(store: Store, item: ManifestObject, segment: Segment, *, rows: int, cache: Path | None) -> Any:
+def _load(store: Store, item: ManifestObject, spec: IndexSpec, *, trained: str | None, rows: int, cache: Path | None) -> Any:
     with _verified_file(store, item, cache) as path:
-        index = _read(path, item)
+        index = _read(path, item, room=_table_bytes(spec))
     where = store.uri(item.key)
-    if problem := _difference(index, segment, rows=rows):
+    if problem := difference(index, spec):
         raise CorruptObject(f"{where}: {problem}. Run `catalog-embed rollback`.")
-    if trained_sha256(index) != segment.trained_sha256:
+    parts = pieces(index)
+    counts = {parts.base.ntotal} if parts.finer is None else {parts.base.ntotal, parts.finer.ntotal}
+    if counts != {rows}:
+        raise CorruptObject(f"{where}: expected {rows} vectors, found {sorted(counts)}. Run `catalog-embed rollback`.")
+    if trained_sha256(index) != trained:
         raise CorruptObject(f"{where}: centroids and codes are not those of the template on its card. Run `catalog-embed rollback`.")
     return index
 
@@ -103,11 +95,11 @@ def _download(store: Store, item: ManifestObject, path: Path) -> Path:
     return path
 
 
-def _read(path: Path, item: ManifestObject) -> Any:
+def _read(path: Path, item: ManifestObject, *, room: int) -> Any:
     """Parse a verified file, within limits that follow from its size."""
     with _READER:
         before = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
-        faiss.set_deserialization_vector_byte_limit(max(4 * item.size, 1 << 20))
+        faiss.set_deserialization_vector_byte_limit(max(4 * item.size, 1 << 20) + room)
         faiss.set_deserialization_loop_limit(_LOOPS)
         try:
             return faiss.read_index(os.fspath(path))
@@ -118,20 +110,9 @@ def _read(path: Path, item: ManifestObject) -> Any:
             faiss.set_deserialization_loop_limit(before[1])
 
 
-def _difference(index: Any, segment: Segment, *, rows: int) -> str | None:
-    """Say in words where an index differs from its card."""
-    spec = segment.spec
-    if (index.d, index.ntotal) != (spec.dims, rows):
-        return f"expected {rows} vectors of {spec.dims} dimensions, found {index.ntotal} of {index.d}"
-    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        return f"expected the inner product, found metric {index.metric_type}"
-    if spec.factory == FLAT:
-        right = isinstance(index, faiss.IndexIDMap2) and isinstance(faiss.downcast_index(index.index), faiss.IndexFlat)
-    else:
-        codes = _CODES[spec.factory.partition(",")[2]]
-        right = isinstance(index, faiss.IndexIVFFlat if codes is None else faiss.IndexIVFScalarQuantizer)
-        right = right and index.nlist == spec.nlist and (codes is None or index.sq.qtype == codes)
-    return None if right else f"expected {spec.factory}, found {type(index).__name__}"
+def _table_bytes(spec: IndexSpec) -> int:
+    """Return the size of the table of products between lists and code words, which the reader makes room for."""
+    return 4 * 16 * (spec.parts or 0) * (spec.nlist or 0) + 4
 
 
 def _sha256(path: Path) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import io
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,18 +18,23 @@ import pyarrow.parquet as pq
 
 from pipelines.contracts import ObjectRef
 from pipelines.errors import AlreadyExists, CorruptObject, InputError, ManifestError, PlanError
-from pipelines.index.spec import METRIC, IndexSpec, Kind, Segment
-from pipelines.manifest import FORMAT_VERSION, Manifest, ManifestObject, canonical, count, optional, parse, sha256_hex, text
+from pipelines.index.spec import METRIC, IndexSpec, Kind, Segment, Training
+from pipelines.manifest import Manifest, ManifestObject, built, canonical, count, number, optional, parse, sha256_hex, text
 from pipelines.schema import ID, VID
 from pipelines.storage import MAX_CONDITIONAL_BYTES, Store
 
 Vids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+"""One bit for each entry of a segment, in the order of its roster."""
 
 FAISS, IDS, TRAINED, CARD, TOMBSTONES = "faiss", "ids", "trained", "segment", "tombstones"
 FILES: Mapping[str, str] = {FAISS: "index.faiss", IDS: "ids.parquet", TRAINED: "trained.faiss", CARD: "segment.json"}
 # A template is in the folder of the base that trained it; whoever adds a delta reads it instead of the whole base.
 _REQUIRED = {FAISS, IDS, CARD}
 _MAX_CARD_BYTES = 64 * 1024
+# Format 1 was of indexes whose entries had other numbers.
+_CARD_FORMAT = 2
+_DEAD = "dead"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,20 +44,12 @@ class Roster:
     vids: Vids
     ids: pa.ChunkedArray
 
-    def position(self, vids: Vids) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    def position(self, vids: Vids) -> tuple[npt.NDArray[np.int64], Mask]:
         """Return where each number would be, and whether it is there."""
         if not len(self.vids):
             return np.zeros(len(vids), np.int64), np.zeros(len(vids), np.bool_)
         at = np.minimum(np.searchsorted(self.vids, vids), len(self.vids) - 1)
         return at, self.vids[at] == vids
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tombstones:
-    """The entries of one segment that no longer count: their numbers, ascending."""
-
-    segment: str
-    vids: Vids
 
 
 def segments_of(store: Store, manifest: Manifest) -> list[Segment]:
@@ -74,10 +71,10 @@ def segments_of(store: Store, manifest: Manifest) -> list[Segment]:
 
 def card_bytes(segment: Segment) -> bytes:
     """Return the canonical bytes of a segment's card."""
-    fields = {"name": segment.name, "kind": segment.kind, "rows": segment.rows, "template": segment.template}
-    fields |= {"trained_sha256": segment.trained_sha256, "metric": METRIC}
-    spec = {"factory": segment.spec.factory, "nprobe": segment.spec.nprobe, "dims": segment.spec.dims}
-    return canonical({"format_version": FORMAT_VERSION, **fields, **spec})
+    fields = {"name": segment.name, "kind": segment.kind, "rows": segment.rows, "template": segment.template, "spread": segment.spread}
+    trained = asdict(segment.trained) if segment.trained else None
+    spec = {"metric": METRIC, "factory": segment.spec.factory, "dims": segment.spec.dims}
+    return canonical({"format_version": _CARD_FORMAT, **fields, "trained": trained, **spec})
 
 
 def read_roster(store: Store, segment: Segment) -> Roster:
@@ -90,26 +87,26 @@ def read_roster(store: Store, segment: Segment) -> Roster:
     return roster
 
 
-def read_tombstones(store: Store, manifest: Manifest) -> dict[str, Vids]:
+def read_tombstones(store: Store, manifest: Manifest) -> dict[str, Mask]:
     """Read which entries of each segment a generation hides; a segment without tombstones is not in the answer."""
     found = {}
     for item in manifest.tombstones:
         segment = PurePosixPath(item.key).stem.removeprefix("tombstones-")
         if item.role != TOMBSTONES or PurePosixPath(item.key).name != _tombstone_file(segment):
             raise ManifestError(f"{manifest.generation}: {item.key} with role `{item.role}` holds no tombstones. Roll back.")
-        vids: Vids = _read_table(store, item, {VID: pa.int64()})[VID].to_numpy()
-        if len(vids) != item.rows or not _ascending(vids):
-            raise CorruptObject(f"{store.uri(item.key)}: expected {item.rows} ascending numbers. Run `catalog-embed rollback`.")
-        found[segment] = vids
+        dead: Mask = _read_table(store, item, {_DEAD: pa.bool_()})[_DEAD].to_numpy()
+        if int(dead.sum()) != item.rows:
+            raise CorruptObject(f"{store.uri(item.key)}: expected {item.rows} hidden entries. Run `catalog-embed rollback`.")
+        found[segment] = dead
     return found
 
 
-def write_tombstones(store: Store, generation: str, tombstones: Tombstones, *, work: Path) -> ManifestObject:
-    """Write the hidden entries of one segment into the folder of a generation."""
-    path = work / _tombstone_file(tombstones.segment)
-    write_table(pa.table({VID: tombstones.vids}), path)
+def write_tombstones(store: Store, generation: str, segment: str, dead: Mask, *, work: Path) -> ManifestObject:
+    """Write which entries of one segment are hidden, a bit for each, into the folder of a generation. `rows` counts the hidden."""
+    path = work / _tombstone_file(segment)
+    write_table(pa.table({_DEAD: dead}), path)
     ref = keep(store, f"generations/{generation}/{path.name}", path)
-    return ManifestObject.of(ref, role=TOMBSTONES, rows=len(tombstones.vids))
+    return ManifestObject.of(ref, role=TOMBSTONES, rows=int(dead.sum()))
 
 
 def write_table(table: pa.Table, path: Path) -> None:
@@ -149,12 +146,20 @@ def _segment(store: Store, name: str, objects: tuple[ManifestObject, ...]) -> Se
     if card.size > _MAX_CARD_BYTES:
         raise CorruptObject(f"{store.uri(card.key)}: {card.size} bytes are too many for a card. Run `catalog-embed rollback`.")
 
-    def build(*, metric: str, factory: str, nprobe: int | None, dims: int, **fields: Any) -> Segment:
+    def build(*, metric: str, factory: str, dims: int, **fields: Any) -> Segment:
         if metric != METRIC or fields["name"] != name:
             raise ManifestError(f"the card of {fields['name']} with metric {metric} lies in the folder of {name}.")
-        return Segment(spec=IndexSpec(factory=factory, nprobe=nprobe, dims=dims), objects=objects, **fields)
+        return Segment(spec=IndexSpec(factory=factory, dims=dims), objects=objects, **fields)
 
-    segment = parse(store.read_verified(card), where=store.uri(card.key), limit_bytes=_MAX_CARD_BYTES, parsers=_CARD, build=build)
+    segment = parse(
+        store.read_verified(card),
+        where=store.uri(card.key),
+        limit_bytes=_MAX_CARD_BYTES,
+        parsers=_CARD,
+        build=build,
+        earliest=_CARD_FORMAT,
+        latest=_CARD_FORMAT,
+    )
     for item in objects:
         if item.role in (FAISS, IDS) and item.rows != segment.rows:
             raise ManifestError(f"{item.key}: the manifest says {item.rows} rows, the card {segment.rows}. Roll back.")
@@ -168,7 +173,7 @@ def _check_templates(segments: list[Segment]) -> None:
         if segment.template is None:
             continue
         owner = base.get(segment.template)
-        if owner is None or (owner.trained_sha256, owner.spec) != (segment.trained_sha256, segment.spec):
+        if owner is None or (owner.trained, owner.spec) != (segment.trained, segment.spec):
             raise ManifestError(
                 f"segment {segment.name} was made with another template than the base has. Roll back, or build the index again."
             )
@@ -206,9 +211,9 @@ _CARD: Mapping[str, Any] = {
     "kind": _kind,
     "rows": count,
     "template": optional(text),
-    "trained_sha256": optional(sha256_hex),
+    "spread": number,
+    "trained": optional(built(Training, {"sha256": sha256_hex, "rows": count, "spread": number, "imbalance": number})),
     "metric": text,
     "factory": text,
-    "nprobe": optional(count),
     "dims": count,
 }

@@ -22,8 +22,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.hashes import id_hashes, vids
-from pipelines.index.spec import RefreshOptions
-from pipelines.index.update import next_index
+from pipelines.index.build import Rows
+from pipelines.index.triggers import RefreshOptions
+from pipelines.index.update import FAISS_INDEX, Night, next_index
 from pipelines.manifest import Manifest, ManifestObject
 from pipelines.publish import current, publish, rollback, write_generation
 from pipelines.reader import open_generation
@@ -31,6 +32,7 @@ from pipelines.schema import ACTION, ADD, ATTR_HASH, HASH, ID, ID_HASH, LOCALE, 
 from pipelines.storage import Store
 from pipelines.stores import lance
 from pipelines.stores.parquet import write_part
+from pipelines.truth import Truth
 from tests.generations import sample_manifest
 
 DIMS, LIMIT_S = 16, 1.0
@@ -88,17 +90,19 @@ def generation(store: Store, base: Manifest | None, *, start: int, stop: int, wo
     state = lance.refresh_indexes(uri, spec, {})
     pin = lance.pin(uri, version=state.version, tag=name, previous=base.table if base else None, store=store, key=key, options={})
     index = next_index(
-        store,
-        base=base,
-        run_id=name,
-        generation=name,
-        added=partial(pieces, start, stop),
-        touched=np.empty(0, np.int64),
-        live=partial(pieces, 0, stop),
-        num_live=stop,
-        options=RefreshOptions(),
-        dims=DIMS,
-        work=work,
+        Night(
+            store=store,
+            base=base,
+            run_id=name,
+            generation=name,
+            added=partial(pieces, start, stop),
+            touched=np.empty(0, np.int64),
+            live=Rows(pieces=[partial(pieces, 0, stop)], count=stop),
+            truth=Truth(uri=uri, version=state.version, options={}, samples=128),
+            options=RefreshOptions(),
+            dims=DIMS,
+            work=work,
+        )
     )
     made = parts(store, f"run-{name}", pieces(start, stop))
     manifest = replace(
@@ -109,6 +113,7 @@ def generation(store: Store, base: Manifest | None, *, start: int, stop: int, wo
         parts=(*(base.parts if base else ()), *made),
         segments=index.segments,
         tombstones=index.tombstones,
+        indexes={FAISS_INDEX: index.use},
         counts={"live": stop},
     )
     return write_generation(store, manifest, {"gates.json": b"{}\n"})

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -209,6 +210,22 @@ def test_a_filter_on_the_command_line_is_obeyed(look: Command, engine: str) -> N
     assert found
     assert all(item["price"] < 50 and item["in_stock"] for item in found)
     assert look("search", "shoes", "--where", "brand = 'nobody'", "--engine", engine).out == f"{SECOND}  0 products\n"
+    kept = look("search", "shoes", "-k", LIVE, "--where", "size = '42'", "--nulls", "keep", "--engine", engine, "--output", "json").json
+    assert {item["size"] for item in kept} == {"42", None}
+    alone = look("search", "shoes", "--nulls", "keep", "--engine", engine)
+    assert (alone.code, alone.out) == (2, "")
+
+
+@pytest.mark.parametrize("how", [["--engine", "faiss"], ["--engine", "lance"], ["--exact"]])
+def test_few_products_of_a_group_are_shown(look: Command, how: list[str]) -> None:
+    found = look("search", "shoes", "-k", LIVE, "--group-by", "brand", "--per-group", 2, "--output", "json", *how).json
+    brands = Counter(item["brand"] for item in found if item["brand"] is not None)
+    assert set(brands.values()) <= {1, 2}
+    assert 2 in brands.values()
+    assert len(look("search", "shoes", "-k", 5, "--group-by", "brand", *how).out.splitlines()) == 6
+    for wrong in (["--group-by", "colour"], ["--per-group", 0], ["--per-group", 2]):
+        refused = look("search", "shoes", *wrong, *how)
+        assert (refused.code, refused.out) == (2, "")
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from pipelines import manifest
 from pipelines.errors import InputError, ManifestError
+from pipelines.gate_advice import GATES
 from pipelines.gates import (
-    GATES,
     MAX_IDS,
+    FilteredRecall,
     Gate,
     GateLimits,
     Measured,
@@ -33,6 +34,13 @@ from pipelines.gates import (
 TODAY = date(2026, 11, 4)
 LIMITS = GateLimits()
 
+
+def band(recall: float, error: float = 0.0, name: str = "1 to 10 %") -> FilteredRecall:
+    return FilteredRecall(band=name, recall=recall, error=error, queries=18, example="brand = 'Acme'", rows=1234)
+
+
+FOUND = "1 to 10 % of the products pass, recall 0.900: brand = 'Acme' (1,234 products)"
+
 GOOD = Measured(
     expected_rows=100,
     parts_rows=100,
@@ -48,6 +56,7 @@ GOOD = Measured(
     replay_cosine=0.99999,
     recall={"faiss": 0.98, "lance": 0.96},
     recall_before={"faiss": 0.981, "lance": 0.96},
+    recall_filtered={"faiss": (band(0.99), band(0.98)), "lance": (band(1.0),)},
     parity=0.97,
     churn=0.1,
     delete_ratio=0.01,
@@ -67,6 +76,8 @@ BAD: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "replay": ({"replay_cosine": 0.99, "replay_ids": ("drift-1",)}, ("drift-1",)),
     "recall_faiss": ({"recall": {"faiss": 0.90, "lance": 0.96}, "recall_before": {}}, ()),
     "recall_lance": ({"recall": {"faiss": 0.98, "lance": 0.10}, "recall_before": {}}, ()),
+    "recall_filtered_faiss": ({"recall_filtered": {"faiss": (band(0.99), band(0.9)), "lance": (band(1.0),)}}, (FOUND,)),
+    "recall_filtered_lance": ({"recall_filtered": {"faiss": (band(0.99),), "lance": (band(0.9), band(0.98))}}, (FOUND,)),
     "recall_drop": ({"recall_before": {"faiss": 0.99, "lance": 0.96}}, ("faiss",)),
     "parity": ({"parity": 0.5}, ()),
     "churn": ({"churn": 0.9}, ()),
@@ -99,6 +110,7 @@ def test_all_failures_are_reported_at_once() -> None:
     for changes, _ in BAD.values():
         everything |= changes
     everything["recall"] = {"faiss": 0.1, "lance": 0.1}
+    everything["recall_filtered"] = {"faiss": (band(0.1),), "lance": (band(0.1),)}
     gates = judge(replace(GOOD, **everything), replace(LIMITS, on_churn="fail"), (), TODAY)
     assert [gate.name for gate in failed(gates)] == [*GATES]
 
@@ -133,6 +145,26 @@ def test_not_a_number_hides_behind_no_smaller_drop(index: str) -> None:
     gates = judged(replace(GOOD, recall={"faiss": 0.98, "lance": 0.96, index: math.nan}))
     assert gates["recall_drop"].verdict == gates[f"recall_{index}"].verdict == "failed"
     assert gates["recall_drop"].ids == (index,)
+
+
+@pytest.mark.parametrize(
+    ("bands", "verdict"),
+    [
+        ((band(0.95, 0.011), band(1.0)), "passed"),  # within two errors of the limit: chance may have done it
+        ((band(0.95, 0.009), band(1.0)), "failed"),
+        ((band(0.96, 0.02), band(0.965, 0.001)), "failed"),  # the second is lower for certain, the first by chance
+        ((band(0.97),), "passed"),
+        ((band(0.5, 0.1),), "failed"),
+        ((band(math.nan), band(0.5)), "failed"),
+        ((band(1.0), band(1.0, math.nan)), "failed"),
+        ((), "skipped"),
+    ],
+)
+def test_a_band_of_filters_fails_only_where_it_is_clearly_below(bands: tuple[FilteredRecall, ...], verdict: str) -> None:
+    gate = judged(replace(GOOD, recall_filtered={"faiss": bands, "lance": GOOD.recall_filtered["lance"]}))["recall_filtered_faiss"]
+    assert gate.verdict == verdict
+    assert judged(GOOD)["recall_filtered_lance"].verdict == "passed"
+    assert from_json(to_json([gate])) == (gate,)
 
 
 def test_limits_are_inclusive_and_free_of_rounding_noise() -> None:
@@ -216,18 +248,20 @@ def test_the_text_is_laid_out_for_a_person() -> None:
     waiver = Waiver(gate="parity", until=TODAY, reason="index rebuilt tonight")
     gates = judge(replace(GOOD, churn=None, parity=0.5, deleted_found=("sku-1",)), LIMITS, (waiver,), TODAY)
     assert gates_text(gates).splitlines()[:6] == [
-        "Gates  13 passed   1 warned   1 FAILED   1 skipped",
-        "  passed   counts          parts 100, table 100, index 100, limit exactly 100",
-        "  FAILED   deleted         1, limit at most 0",
+        "Gates  15 passed   1 warned   1 FAILED   1 skipped",
+        "  passed   counts                parts 100, table 100, index 100, limit exactly 100",
+        "  FAILED   deleted               1, limit at most 0",
         f"           {GATES['deleted'][1]}",
         "           such as sku-1",
-        "  passed   self_retrieval  1, limit at least 0.99",
+        "  passed   self_retrieval        1, limit at least 0.99",
     ]
-    assert "  skipped  churn           not measured, limit at most 0.5\n           Not measured: no probe reported it.\n" in gates_text(
-        gates
+    assert (
+        "  skipped  churn                 not measured, limit at most 0.5\n           Not measured: no probe reported it.\n"
+        in gates_text(gates)
     )
-    assert "  warned   parity          0.5, limit at least 0.95\n           Waived until 2026-11-04: index rebuilt tonight. " in gates_text(
-        gates
+    assert (
+        "  warned   parity                0.5, limit at least 0.95\n           Waived until 2026-11-04: index rebuilt tonight. "
+        in gates_text(gates)
     )
 
 

@@ -1,125 +1,161 @@
-"""Which index a catalog gets, and when it is extended or rebuilt."""
+"""What an index may be called, what follows from its name, and which cards make no sense."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from pipelines.errors import InputError
-from pipelines.index.spec import Change, IndexSpec, Kind, RefreshOptions, Segment, choose, decide
+from pipelines.errors import CorruptObject, InputError, ManifestError, OldFormat
+from pipelines.index.build import build_base, build_delta
+from pipelines.index.search import SegmentSearcher
+from pipelines.index.segments import CARD, card_bytes, segments_of
+from pipelines.index.spec import IndexSpec, Search, Segment, Training
+from pipelines.manifest import Manifest, ManifestObject
+from pipelines.storage import Store
+from tests.generations import sample_manifest
+from tests.pipelines.index_nights import DIMS, FACTORIES, named, of, unit
 
-OPTIONS = RefreshOptions()
-
-
-def segment(rows: int, *, kind: Kind = "base", factory: str = "Flat", dims: int = 8) -> Segment:
-    spec = IndexSpec(factory=factory, nprobe=None if factory == "Flat" else 8, dims=dims)
-    trained = None if factory == "Flat" else "ab" * 32
-    return Segment(
-        name=kind, kind=kind, rows=rows, spec=spec, trained_sha256=trained, template=None if kind == "base" else "base", objects=()
-    )
-
-
-def action(segments: list[Segment], *, options: RefreshOptions = OPTIONS, dims: int = 8, **counts: int) -> tuple[str, str]:
-    change = Change(**({"num_added": 0, "num_gone": 0, "num_hidden": 0} | counts))
-    decision = decide(segments, change, options=options, dims=dims)
-    return decision.action, decision.reason
-
-
-@pytest.mark.parametrize(
-    ("rows", "factory"), [(0, "Flat"), (19_999, "Flat"), (20_000, "IVF128,SQ8"), (10**5, "IVF256,SQ8"), (10**6, "IVF1024,SQ8")]
+TRAINING = Training(sha256="ab" * 32, rows=100, spread=0.1, imbalance=1.0)
+BASE = Segment(
+    name="b", kind="base", rows=9, spec=IndexSpec(factory="IVF4,SQ8", dims=8), template=None, trained=TRAINING, spread=0.1, objects=()
 )
-def test_small_catalogs_are_exact_and_large_ones_have_lists(rows: int, factory: str) -> None:
-    assert choose(rows, 384).factory == factory
-
-
-def test_every_chosen_index_can_be_trained_and_probes_its_lists() -> None:
-    for rows in [*range(0, 60_000, 977), 10**6, 10**7, 10**8]:
-        spec = choose(rows, 64, flat_below=0)
-        assert (spec.nlist or 0) * 39 <= rows
-        assert (spec.nprobe is None) == (spec.nlist is None)
-
-
-def test_override_is_used_where_it_can_be_trained() -> None:
-    assert choose(39 * 64, 8, override="IVF64,Flat").factory == "IVF64,Flat"
-    assert choose(39 * 64 - 1, 8, override="IVF64,Flat").factory == "Flat"
-    assert choose(10**6, 8, override="Flat").factory == "Flat"
-
-
-@pytest.mark.parametrize("factory", ["", "HNSW32", "IVF0,Flat", "IVF-1,SQ8", "IVF64,PQ8", "flat", "IVF64,SQ8 ", "OPQ8,IVF64,SQ8"])
-def test_unknown_factory_is_refused(factory: str) -> None:
-    with pytest.raises(InputError, match="is not one of"):
-        RefreshOptions(factory=factory)
-
-
-@pytest.mark.parametrize("nprobe", [0, 65, None])
-def test_impossible_probes_are_refused(nprobe: int | None) -> None:
-    with pytest.raises(InputError):
-        IndexSpec(factory="IVF64,SQ8", nprobe=nprobe, dims=8)
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("factory", "lists", "codes", "fast", "template"),
     [
-        {"delta_until": 1.1},
-        {"tombstones_until": -0.1},
-        {"recall_at_10": 2},
-        {"flat_below": -1},
-        {"max_segments": 0},
-        {"delta_until": float("nan")},
+        ("Flat", (None, None), ("Flat", None, None), False, "Flat"),
+        ("IVF64,Flat", (64, None), ("Flat", None, None), False, "IVF64,Flat"),
+        ("IVF64,SQ8", (64, None), ("SQ8", None, None), False, "IVF64,SQ8"),
+        ("IVF64,SQfp16,Refine(SQ8)", (64, None), ("SQfp16", None, "SQ8"), False, "IVF64,SQfp16"),
+        ("IVF4096_HNSW32,PQ48x4fs,Refine(SQfp16)", (4096, 32), ("PQ48x4", 48, "SQfp16"), True, "IVF4096_HNSW32,PQ48x4"),
+        ("IVF64,RaBitQfs", (64, None), ("RaBitQ", None, None), True, "IVF64,RaBitQ"),
+        ("IVF64,RaBitQ4fs,Refine(SQ8)", (64, None), ("RaBitQ4", None, "SQ8"), True, "IVF64,RaBitQ4"),
     ],
 )
-def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(InputError):
-        RefreshOptions(**options)
+def test_a_name_says_how_vectors_are_kept(
+    factory: str, lists: tuple[int | None, int | None], codes: tuple[str, int | None, str | None], fast: bool, template: str
+) -> None:
+    spec = IndexSpec(factory=factory, dims=384)
+    assert ((spec.nlist, spec.graph), (spec.codes, spec.parts, spec.refine), spec.fast, spec.template) == (lists, codes, fast, template)
 
 
-def test_first_night_builds_a_base() -> None:
-    assert action([], num_added=5, num_live=5)[0] == "rebuild"
+UNKNOWN = (
+    "|HNSW32|flat|OPQ8,IVF64,SQ8|IVF64|IVF0,Flat|IVF-1,SQ8|IVF99999999,SQ8|IVF64,SQ8 |IVF64,SQ8\n|IVF64,PQ8|IVF64,PQ48x4|IVF64,PQ48x8fs"
+    "|IVF64,RaBitQ|IVF64,RaBitQ1fs|IVF64,RaBitQ9fs|IVF64,SQ8,Refine(Flat)|Flat,Refine(SQ8)|IVF64_HNSW,SQ8|IVF64_HNSW0,SQ8"
+)
 
 
-def test_night_without_changes_does_nothing() -> None:
-    assert action([segment(100)], num_live=100)[0] == "none"
+@pytest.mark.parametrize("factory", UNKNOWN.split("|"))
+def test_unknown_name_is_refused_with_what_is_known(factory: str) -> None:
+    with pytest.raises(InputError, match=r"none that is known. Write Flat, or IVF<lists>"):
+        IndexSpec(factory=factory, dims=384)
 
 
-def test_empty_catalog_needs_nothing_and_shrinking_to_it_drops_the_index() -> None:
-    assert action([], num_live=0)[0] == "none"
-    assert action([segment(5)], num_gone=5, num_live=0)[0] == "rebuild"
+def test_dimensions_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InputError, match="0 dimensions"):
+        IndexSpec(factory="Flat", dims=0)
+    with pytest.raises(InputError, match="384 dimensions cannot be cut into 50 equal parts"):
+        IndexSpec(factory="IVF64,PQ50x4fs", dims=384)
+    # From 16 numbers a part on, FAISS encodes in batches, and a code would depend on its neighbours.
+    with pytest.raises(InputError, match="16 numbers is too coarse"):
+        IndexSpec(factory="IVF64,PQ24x4fs", dims=384)
+    assert IndexSpec(factory="IVF64,PQ32x4fs", dims=384).parts == 32
 
 
-def test_delta_until_the_share_of_new_entries_is_passed() -> None:
-    grown = [segment(92), segment(5, kind="delta")]
-    assert action(grown, num_added=5, num_gone=2, num_live=100)[0] == "delta"
-    refused, reason = action(grown, num_added=6, num_gone=3, num_live=100)
-    assert (refused, "11 of 100 live products, more than 10%" in reason) == ("rebuild", True)
+def test_bytes_of_an_entry_are_those_of_codes_finer_codes_and_position() -> None:
+    def entry(factory: str) -> int:
+        return IndexSpec(factory=factory, dims=384).entry_bytes
+
+    assert entry("Flat") == 1536
+    assert entry("IVF64,Flat") == 1536 + 8
+    assert entry("IVF64,PQ48x4fs") == 24 + 8
+    assert entry("IVF64,PQ48x4fs,Refine(SQfp16)") == 24 + 768 + 8
+    assert entry("IVF64,RaBitQfs") == 48 + 8 + 8
+    assert entry("IVF64,RaBitQ4fs,Refine(SQ8)") == 48 + 8 + 144 + 12 + 384 + 8
 
 
-def test_tombstones_until_their_share_is_passed() -> None:
-    assert action([segment(100)], num_hidden=5, num_gone=5, num_live=90)[0] == "delta"
-    refused, reason = action([segment(100)], num_hidden=5, num_gone=6, num_live=89)
-    assert (refused, "11 of 100 entries, more than 10%" in reason) == ("rebuild", True)
+def test_every_kind_that_is_tested_is_known() -> None:
+    assert [IndexSpec(factory=factory, dims=DIMS).factory for factory in FACTORIES] == [*FACTORIES]
 
 
-def test_segments_until_their_number_is_passed() -> None:
-    options = RefreshOptions(max_segments=3)
-    two = [segment(1000), segment(1, kind="delta")]
-    assert action(two, options=options, num_added=1, num_live=1002)[0] == "delta"
-    assert action([*two, segment(1, kind="delta")], options=options, num_added=1, num_live=1003)[0] == "rebuild"
-    assert action([*two, segment(1, kind="delta")], options=options, num_gone=1, num_live=1001)[0] == "delta"
+@pytest.mark.parametrize("asked", [{"nprobe": 0}, {"refine": 0}, {"nprobe": -1}])
+def test_impossible_searches_are_refused(asked: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="at least one list"):
+        Search(**asked)
 
 
-def test_type_of_the_base_follows_the_size_with_room_between() -> None:
-    patient = RefreshOptions(delta_until=1, tombstones_until=1)
-    ivf = segment(30_000, factory="IVF128,SQ8")
-    assert action([segment(39_998)], options=patient, num_added=1, num_live=39_999)[0] == "delta"
-    assert action([segment(39_998)], options=patient, num_added=2, num_live=40_000)[0] == "rebuild"
-    assert action([ivf], options=patient, num_gone=20_000, num_live=10_000)[0] == "delta"
-    assert action([ivf], options=patient, num_gone=20_001, num_live=9_999)[0] == "rebuild"
+def test_segments_whose_parts_contradict_each_other_are_refused() -> None:
+    assert replace(BASE, kind="delta", template="b").template == "b"
+    with pytest.raises(ManifestError, match="A delta has one, a base has none"):
+        replace(BASE, kind="delta")
+    with pytest.raises(ManifestError, match="A delta has one, a base has none"):
+        replace(BASE, template="b")
+    with pytest.raises(ManifestError, match="damaged"):
+        replace(BASE, trained=None)
+    with pytest.raises(ManifestError, match="damaged"):
+        replace(BASE, spec=IndexSpec(factory="Flat", dims=8))
+    with pytest.raises(ManifestError, match="segment b has no `faiss` object"):
+        BASE.object("faiss")
 
 
-def test_changed_configuration_or_tower_rebuilds() -> None:
-    asked = RefreshOptions(factory="IVF8,Flat")
-    assert action([segment(1000)], options=asked, num_live=1000)[0] == "rebuild"
-    assert action([segment(1000, factory="IVF8,Flat")], options=asked, num_live=1000)[0] == "none"
-    assert action([segment(100)], options=asked, num_live=100)[0] == "none"  # too few to train: Flat is what it gets
-    assert action([segment(100)], dims=16, num_live=100)[0] == "rebuild"
+def stored(store: Store, work: Path, *, name: str = "run-base", seed: int = 0) -> Segment:
+    products = named("p", unit(np.random.default_rng(seed), 300))
+    return build_base(store, name, of(products), IndexSpec(factory="IVF4,SQ8", dims=DIMS), work=work)
+
+
+def manifest(*segments: Segment) -> Manifest:
+    return sample_manifest(segments=tuple(item for segment in segments for item in segment.objects))
+
+
+def carded(store: Store, segment: Segment, change: Callable[[dict[str, Any]], None] = lambda _: None) -> Segment:
+    """Give a segment another card, listed as if it had been written so."""
+    fields = json.loads(card_bytes(segment))
+    change(fields)
+    card = ManifestObject.of(store.put(segment.object(CARD).key, json.dumps(fields).encode()), role=CARD)
+    return replace(segment, objects=tuple(card if item.role == CARD else item for item in segment.objects))
+
+
+def test_card_of_an_older_format_asks_for_a_new_index(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "store")
+    old = carded(store, stored(store, tmp_path), lambda fields: fields.update(format_version=1, nprobe=8))
+    with pytest.raises(OldFormat, match=r"format 1 is of an older .* The next run makes it anew"):
+        segments_of(store, manifest(old))
+    new = carded(store, old, lambda fields: fields.update(format_version=3))
+    with pytest.raises(ManifestError, match="upgrade"):
+        segments_of(store, manifest(new))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("factory", "HNSW32"), ("metric", "l2"), ("name", "other"), ("kind", "delta"), ("rows", 299), ("trained", None), ("dims", 0)],
+)
+def test_damaged_card_is_refused(tmp_path: Path, field: str, value: Any) -> None:
+    store = Store.open(tmp_path / "store")
+    lie = carded(store, stored(store, tmp_path), lambda fields: fields.update({field: value}))
+    with pytest.raises(ManifestError):
+        segments_of(store, manifest(lie))
+
+
+def test_foreign_template_is_refused(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "store")
+    first, other = stored(store, tmp_path), stored(store, tmp_path, name="other-base", seed=5)
+    assert first.trained != other.trained
+    extra = of(named("d", unit(np.random.default_rng(9), 3)))
+    delta = build_delta(store, "run-delta", extra, other, work=tmp_path)
+    with pytest.raises(ManifestError, match="another template"):
+        SegmentSearcher.open(store, manifest(first, delta))
+    renamed = build_delta(store, "lie-delta", extra, replace(other, name="run-base"), work=tmp_path)
+    with pytest.raises(ManifestError, match="another template"):
+        SegmentSearcher.open(store, manifest(first, renamed))
+    # The same lie on the card too: the centroids in the file tell.
+    lie = carded(store, replace(renamed, name="lie-delta", trained=first.trained))
+    assert segments_of(store, manifest(first, lie)) == [first, lie]
+    with pytest.raises(CorruptObject, match="centroids"):
+        SegmentSearcher.open(store, manifest(first, lie))

@@ -114,7 +114,6 @@ def test_the_filter_comes_before_the_search(tmp_path: Path) -> None:
     where = parse_where("id in ('bulk-5', 'bulk-17', 'bulk-39999')", searcher.columns)
     for query in queries(10):
         assert searcher.nearest(query, 3, where=where, nprobes=1).num_rows == 3
-    assert len(searcher.matching(parse_where("brand = 'brand 3'", searcher.columns), limit=7)) == 7
 
 
 def test_the_largest_filters_reach_the_engine(shelf: tuple[TableSearcher, pa.Table]) -> None:

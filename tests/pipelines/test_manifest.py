@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.contracts import PinnedObject, SourcePin, Window
+from pipelines.contracts import IndexUse, PinnedObject, SourcePin, Window
 from pipelines.errors import ManifestError
 from pipelines.manifest import (
-    FORMAT_VERSION,
+    MANIFEST_FORMAT,
     MAX_MANIFEST_BYTES,
     Manifest,
     ManifestObject,
@@ -26,8 +26,9 @@ from tests.generations import START, sample_manifest
 
 GOLDEN = (
     b'{"attachments":[],"config_digest":"efefefefefefefefefefefefefefefef","counts":{"live":2,"rejected":0},'
-    b'"created_at":"2026-11-04T02:10:00+00:00","format_version":1,"gates":{"churn":"warned","recall_at_10":"passed"},'
-    b'"generation":"g000001","parent":null,"parts":[{"key":"vectors/run-1/p.parquet","role":"vectors","rows":2,'
+    b'"created_at":"2026-11-04T02:10:00+00:00","format_version":2,"gates":{"churn":"warned","recall_at_10":"passed"},'
+    b'"generation":"g000001","indexes":{"faiss":{"action":"delta","reason":"5 are new","recall":0.975,"search":{"nprobe":24},'
+    b'"target":0.97,"trained_recall":null,"trigger":"recall"}},"parent":null,"parts":[{"key":"vectors/run-1/p.parquet","role":"vectors","rows":2,'
     b'"sha256":"0000000000000000000000000000000000000000000000000000000000000000","size":7}],"run_id":"run-1",'
     b'"schema_digest":"cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd","segments":[],"source":{"address":"s3://shop/catalog/","kind":"parquet",'
     b'"objects":[{"etag":"e1","name":"day=1/a.parquet","size":9}]},"table":null,'
@@ -66,6 +67,11 @@ pins = st.builds(
     address=texts,
     objects=st.lists(st.builds(PinnedObject, name=texts, size=counts, etag=texts), max_size=3).map(tuple),
 )
+numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+tuned = st.dictionaries(texts, counts, max_size=2)
+uses = st.builds(
+    IndexUse, action=texts, trigger=st.none() | texts, reason=texts, search=tuned, recall=numbers, target=numbers, trained_recall=numbers
+)
 manifests = st.builds(
     Manifest,
     generation=st.integers(10, 10**12).map(lambda number: f"g{number:06d}"),
@@ -83,6 +89,7 @@ manifests = st.builds(
     segments=objects,
     tombstones=objects,
     attachments=objects,
+    indexes=st.dictionaries(texts, uses, max_size=2),
     counts=st.dictionaries(texts, counts, max_size=3),
     gates=st.dictionaries(texts, st.sampled_from(["passed", "warned", "failed", "skipped"]), max_size=3),
     versions=st.dictionaries(texts, texts, max_size=3),
@@ -104,10 +111,21 @@ def test_bytes_are_canonical(manifest: Manifest) -> None:
     assert data == json.dumps(json.loads(data), sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
+USE = IndexUse(action="delta", trigger="recall", reason="5 are new", search={"nprobe": 24}, recall=0.975, target=0.97)
+
+
 def test_the_format_has_not_changed() -> None:
-    manifest = sample_manifest(parts=(part(key="vectors/run-1/p.parquet"),))
+    manifest = sample_manifest(parts=(part(key="vectors/run-1/p.parquet"),), indexes={"faiss": USE})
     assert manifest.to_json() == GOLDEN
     assert Manifest.from_json(GOLDEN) == manifest
+
+
+def test_format_1_is_read_as_one_that_says_nothing_of_its_indexes() -> None:
+    tree = json.loads(GOLDEN)
+    old = json.dumps({**{key: value for key, value in tree.items() if key != "indexes"}, "format_version": 1}).encode()
+    assert Manifest.from_json(old) == replace(Manifest.from_json(GOLDEN), indexes={})
+    with pytest.raises(ManifestError, match="missing indexes"):
+        Manifest.from_json(old.replace(b'"format_version": 1', b'"format_version": 2'))
 
 
 def test_the_same_moment_in_another_zone_is_the_same_manifest() -> None:
@@ -177,9 +195,9 @@ def test_a_wrong_value_is_refused_with_its_place(path: str, value: Any, words: s
 
 
 def test_a_newer_format_says_upgrade_before_anything_else() -> None:
-    data = json.dumps({"format_version": FORMAT_VERSION + 1, "new_idea": {}}).encode()
+    data = json.dumps({"format_version": MANIFEST_FORMAT + 1, "new_idea": {}}).encode()
     with pytest.raises(
-        ManifestError, match=r"m: written by a newer version of catalog-embed \(format 2, this one reads up to 1\): upgrade"
+        ManifestError, match=r"m: written by a newer version of catalog-embed \(format 3, this one reads up to 2\): upgrade"
     ):
         Manifest.from_json(data, where="m")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from pipelines.reader import Reader, open_generation
 from pipelines.retention import RetentionOptions, plan_gc
 from pipelines.storage import Store
 from pipelines.stores import lance
+from pipelines.where import col, parse_where
 from tests.conftest import S3Server
 from tests.jobs.commands import DIMS, FIRST, LIVE, MAX_TOKENS, SECOND, two_nights
 from tests.towers import tiny_tower
@@ -154,6 +156,55 @@ def test_a_filter_leaves_what_a_scan_leaves(shop: Shop, reader: Reader, where: s
         same(reader.search(QUERY, k, where=where, engine=engine), brute_force(left, vector, k))
 
 
+BUILT: dict[str, Any] = {
+    "price < 40": col("price") < 40,
+    "in_stock": col("in_stock"),
+    "not (price >= 40) and in_stock": ~(col("price") >= 40) & col("in_stock"),
+    "size is null": col("size").is_null(),
+    "weight_g in (1175, 534) or locale = 'de'": col("weight_g").is_in([1175, 534]) | (col("locale") == "de"),
+}
+
+
+@pytest.mark.parametrize("engine", ["faiss", "lance"])
+@pytest.mark.parametrize("where", BUILT)
+def test_a_built_filter_a_parsed_one_and_its_text_answer_alike(reader: Reader, where: str, engine: Any) -> None:
+    by_text = reader.search(QUERY, 20, where=where, engine=engine)
+    assert reader.search(QUERY, 20, where=BUILT[where], engine=engine).equals(by_text)
+    assert reader.search(QUERY, 20, where=parse_where(where, reader.opened.table.columns), engine=engine).equals(by_text)
+
+
+@pytest.mark.parametrize("how", [{"engine": "faiss"}, {"engine": "lance"}, {"exact": True}])
+def test_products_without_a_value_pass_where_nulls_are_kept(shop: Shop, reader: Reader, how: dict[str, Any]) -> None:
+    rows, vector = shop.rows(), vector_of(shop, QUERY)
+    assert rows["size"].null_count
+    sized = pc.equal(rows["size"], "42")
+    same(reader.search(QUERY, LIVE, where="size = '42'", **how), brute_force(rows.filter(sized), vector, LIVE))
+    kept = rows.filter(pc.or_(pc.fill_null(sized, fill_value=False), pc.is_null(rows["size"])))
+    for where in ("size = '42'", col("size") == "42", (col("size") == "42").filter(reader.opened.table.columns)):
+        same(reader.search(QUERY, LIVE, where=where, nulls="keep", **how), brute_force(kept, vector, LIVE))
+    same(reader.search(QUERY, LIVE, where=(col("size") == "42").or_null(), **how), brute_force(kept, vector, LIVE))
+
+
+@pytest.mark.parametrize("how", [{"engine": "faiss"}, {"engine": "lance"}, {"exact": True}])
+@pytest.mark.parametrize("group", ["brand", "size", "in_stock", "price", "id"])
+def test_answers_of_a_group_are_its_best_and_no_more_than_asked_for(shop: Shop, reader: Reader, group: str, how: dict[str, Any]) -> None:
+    rows, vector = shop.rows(), vector_of(shop, QUERY)
+    known = {row["id"]: row[group] for row in rows.to_pylist()}
+    for where, left in ((None, rows), ("price < 60", rows.filter(pc.less(rows["price"], 60)))):
+        for per_group, k in ((1, 10), (3, 40), (2, LIVE)):
+            found = reader.search(QUERY, k, where=where, group_by=group, per_group=per_group, columns=["price"], **how)
+            assert found.schema.names == ["id", "score", "price"]
+            taken: Counter[Any] = Counter()
+            wanted = []
+            for name, score in brute_force(left, vector, LIVE):
+                if known[name] is None or taken[known[name]] < per_group:
+                    wanted.append((name, score))
+                    taken[known[name]] += 1
+            np.testing.assert_allclose(found["score"].to_numpy(), [score for _, score in wanted[:k]], atol=2e-6)
+            counts = Counter(known[name] for name in found["id"].to_pylist())
+            assert all(count <= per_group for value, count in counts.items() if value is not None)
+
+
 @pytest.mark.parametrize("engine", ["faiss", "lance"])
 def test_columns_are_those_of_the_products_found(shop: Shop, reader: Reader, engine: Any) -> None:
     found = reader.search(QUERY, 25, engine=engine, columns=["price", "id", "size", "price"])
@@ -205,6 +256,15 @@ def test_what_is_not_there_is_named(shop: Shop, tmp_path: Path) -> None:
         (QUERY, {"where": "price <"}, "expected a value"),
         (QUERY, {"where": "prise < 3"}, "Did you mean `price`"),
         (QUERY, {"where": "1=1; drop table"}, "filter"),
+        (QUERY, {"where": col("prise") < 3}, "Did you mean `price`"),
+        (QUERY, {"where": col("price") < "x"}, "`price` is a number"),
+        (QUERY, {"where": (col("pieces") < 3).filter({"pieces": pa.int64()})}, "no column 'pieces' to filter by"),
+        (QUERY, {"where": {"price": 3}}, "a filter is a text or made with `col`"),
+        (QUERY, {"where": "in_stock", "nulls": "skip"}, "Use `drop`"),
+        (QUERY, {"nulls": "keep"}, "there is no filter"),
+        (QUERY, {"group_by": "colour"}, "no column 'colour' to group by"),
+        (QUERY, {"group_by": "brand", "per_group": 0}, "per_group is 0"),
+        (QUERY, {"per_group": 2}, "give `group_by` a column"),
         (QUERY, {"engine": "annoy"}, "no engine `annoy`"),
         ([1.0, 2.0], {}, "Use the"),
         ([0.0] * 16, {}, "length 0.0"),

@@ -7,7 +7,7 @@ import operator
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pytest
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipelines.errors import InputError
 from pipelines.schema import TIMESTAMP
-from pipelines.where import MAX_CHARS, MAX_CHECKS, MAX_DEPTH, MAX_LISTED, parse_where
+from pipelines.where import MAX_CHARS, MAX_CHECKS, MAX_DEPTH, MAX_LISTED, Expression, Filter, col, parse_where
 
 COLUMNS = {
     "brand": pa.string(),
@@ -45,6 +45,8 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
 }
 Rule = Callable[[dict[str, Any]], bool | None]
+# One filter three times: as a text, as a program builds it, and as a rule with three truth values.
+Made = tuple[str, Expression, Rule]
 
 
 def literal(value: Any) -> str:
@@ -61,21 +63,28 @@ def spelled(column: str) -> str:
 
 
 @st.composite
-def checks(draw: st.DrawFn) -> tuple[str, Rule]:
-    """One comparison, as text and as a rule with three truth values."""
+def checks(draw: st.DrawFn) -> Made:
+    """One comparison."""
     column = draw(st.sampled_from(sorted(COLUMNS)))
     value = st.sampled_from(VALUES[column])
     form = draw(st.sampled_from(["compare", "in", "not in", "is null", "is not null"]))
-    name = spelled(column)
+    name, built = spelled(column), col(column)
     if form == "compare":
         sign = draw(st.sampled_from(["=", "!=", "<>"] if column == "stock" else sorted(OPERATORS)))
         wanted = draw(value)
-        return f"{name} {sign} {literal(wanted)}", lambda row: None if row[column] is None else OPERATORS[sign](row[column], wanted)
+        rule: Rule = lambda row: None if row[column] is None else OPERATORS[sign](row[column], wanted)  # noqa: E731
+        return f"{name} {sign} {literal(wanted)}", cast("Expression", OPERATORS[sign](built, wanted)), rule
     if form in ("in", "not in"):
         listed = draw(st.lists(value, min_size=1, max_size=3))
         text = f"{name} {form} ({', '.join(literal(item) for item in listed)})"
-        return text, lambda row: None if row[column] is None else (row[column] in listed) == (form == "in")
-    return f"{name} {form.upper()}", lambda row: (row[column] is None) == (form == "is null")
+        member = built.is_in(listed)
+        return (
+            text,
+            member if form == "in" else ~member,
+            lambda row: None if row[column] is None else (row[column] in listed) == (form == "in"),
+        )
+    absent = built.is_null() if form == "is null" else built.is_not_null()
+    return f"{name} {form.upper()}", absent, lambda row: (row[column] is None) == (form == "is null")
 
 
 def both(one: bool | None, other: bool | None) -> bool | None:
@@ -86,31 +95,63 @@ def negated(one: bool | None) -> bool | None:
     return None if one is None else not one
 
 
-def joined(pair: tuple[tuple[str, Rule], str, tuple[str, Rule]]) -> tuple[str, Rule]:
-    (left, first), word, (right, second) = pair
+def joined(pair: tuple[Made, str, Made]) -> Made:
+    (left, one, first), word, (right, other, second) = pair
     if word == "and":
-        return f"({left} and {right})", lambda row: both(first(row), second(row))
-    return f"({left} OR {right})", lambda row: negated(both(negated(first(row)), negated(second(row))))
+        return f"({left} and {right})", one & other, lambda row: both(first(row), second(row))
+    return f"({left} OR {right})", one | other, lambda row: negated(both(negated(first(row)), negated(second(row))))
 
 
 FILTERS = st.recursive(
     checks(),
     lambda inner: st.one_of(
         st.tuples(inner, st.sampled_from(["and", "or"]), inner).map(joined),
-        inner.map(lambda one: (f"not ({one[0]})", lambda row: negated(one[1](row)))),
+        inner.map(lambda one: (f"not ({one[0]})", ~one[1], lambda row: negated(one[2](row)))),
     ),
     max_leaves=6,
+)
+# A null policy anywhere in a filter; a text has no word for it, so these have none.
+POLICIES = st.recursive(
+    FILTERS,
+    lambda inner: st.one_of(
+        inner.map(lambda one: ("", one[1].or_null(), lambda row: one[2](row) is not False)),
+        st.tuples(inner, st.sampled_from(["and", "or"]), inner).map(joined),
+        inner.map(lambda one: ("", ~one[1], lambda row: negated(one[2](row)))),
+    ),
+    max_leaves=3,
 )
 ROWS = st.lists(st.fixed_dictionaries({name: st.sampled_from([None, *values]) for name, values in VALUES.items()}), min_size=1, max_size=12)
 
 
+def left_by(made: Filter, table: pa.Table) -> Any:
+    return table.filter(made.expression).to_pylist()
+
+
 @settings(max_examples=150, deadline=None)
 @given(made=FILTERS, rows=ROWS)
-def test_a_filter_keeps_the_rows_that_three_valued_logic_keeps(made: tuple[str, Rule], rows: list[dict[str, Any]]) -> None:
-    text, rule = made
+def test_a_filter_keeps_the_rows_that_three_valued_logic_keeps(made: Made, rows: list[dict[str, Any]]) -> None:
+    text, built, rule = made
     table = pa.Table.from_pylist(rows, pa.schema(list(COLUMNS.items())))
-    found = table.filter(parse_where(text, COLUMNS).expression)
-    assert found.to_pylist() == [row for row in table.to_pylist() if rule(row) is True]
+    surely = [row for row in table.to_pylist() if rule(row) is True]
+    perhaps = [row for row in table.to_pylist() if rule(row) is not False]
+    assert left_by(parse_where(text, COLUMNS), table) == left_by(built.filter(COLUMNS), table) == surely
+    assert left_by(parse_where(text, COLUMNS, nulls="keep"), table) == left_by(built.filter(COLUMNS, nulls="keep"), table) == perhaps
+
+
+@settings(max_examples=150, deadline=None)
+@given(made=POLICIES, rows=ROWS)
+def test_a_null_policy_means_the_same_inside_of_any_filter(made: Made, rows: list[dict[str, Any]]) -> None:
+    _, built, rule = made
+    table = pa.Table.from_pylist(rows, pa.schema(list(COLUMNS.items())))
+    assert left_by(built.filter(COLUMNS), table) == [row for row in table.to_pylist() if rule(row) is True]
+
+
+@settings(max_examples=150, deadline=None)
+@given(made=FILTERS)
+def test_text_and_builder_make_one_tree_whose_text_reads_back(made: Made) -> None:
+    parsed, built = parse_where(made[0], COLUMNS), made[1].filter(COLUMNS)
+    assert (parsed, parsed.key) == (built, built.key)
+    assert parse_where(parsed.text, COLUMNS) == parsed
 
 
 def kept(text: str) -> list[str]:
@@ -210,7 +251,7 @@ def test_the_largest_filters_still_work() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(made=FILTERS)
-def test_what_an_engine_receives_stays_small(made: tuple[str, Rule]) -> None:
+def test_what_an_engine_receives_stays_small(made: Made) -> None:
     where = parse_where(made[0], COLUMNS)
     assert len(where.expression.to_substrait(pa.schema(list(COLUMNS.items())))) < 400 * (where.tree.weight + 8)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -11,6 +11,9 @@ import pyarrow.compute as pc
 
 from pipelines.errors import StoreError
 from pipelines.schema import ID, ID_HASH, TEXT_HASH, VECTOR, VID
+from pipelines.stores.lance import distributed
+from pipelines.stores.lance.compacting import compact
+from pipelines.stores.lance.distributed import Workers
 from pipelines.stores.lance.opening import Line, explained, open_table
 from pipelines.stores.lance.table import TableSpec
 
@@ -26,40 +29,85 @@ _SAMPLED_ROWS = 100_000
 _FTS = {"base_tokenizer": "icu/split", "stem": False, "remove_stop_words": False, "lower_case": True, "ascii_folding": True}
 # Lance aims at this many rows a partition. Past four times as many, the partitions of a smaller table cost latency.
 _PARTITION_ROWS, _OUTGROWN = 8192, 4
+_ALONE = Workers()
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexState:
-    """The indexes of one version: rows that each does not cover, pieces that each consists of, and what was done."""
+    """The indexes of one version: rows that each does not cover, pieces that each consists of, and what was done.
+
+    `compacted` is how many fragments were written anew.
+    """
 
     version: int
     unindexed: Mapping[str, int]
     deltas: Mapping[str, int]
     built: tuple[str, ...]
     folded: tuple[str, ...]
+    compacted: int = 0
 
 
-def refresh_indexes(uri: str, spec: TableSpec, options: Mapping[str, str], *, at: int | None = None) -> IndexState:
+def refresh_indexes(
+    uri: str, spec: TableSpec, options: Mapping[str, str], *, at: int | None = None, workers: Workers = _ALONE
+) -> IndexState:
     """Create what is missing, extend or fold what is behind, and return the state; every row is then in every index.
 
-    A table below `flat_below` rows has no vector index and none in the state: its search is an exact scan. With `at`,
-    the work starts from that version, and nobody else's commit may come between.
+    A table below `flat_below` rows has no vector index and none in the state: its search is an exact scan. Worn
+    fragments are written anew. With `at`, the work starts from that version, and nobody else's commit may come between.
     """
     line = Line(uri, options, version=at)
     line.check()
     with explained("index", uri):
-        built = _create_missing(line, spec)
+        built = _create_missing(line, spec, workers)
         folded = _catch_up(line, spec)
-    state = index_state(uri, options=options, version=line.version, built=built, folded=folded)
+    with explained("compact", uri):
+        compacted = compact(line, spec)
+    return _whole(replace(index_state(uri, options=options, version=line.version), built=built, folded=folded, compacted=compacted), uri)
+
+
+def fold_vector_index(uri: str, options: Mapping[str, str], *, at: int) -> IndexState:
+    """Make one piece of the vector index, with the partitions that it has, in one commit on top of version `at`.
+
+    Partitions and codes stay, so a search finds the same, and sooner: of 113,000 real products in 9 pieces, in 6.3 ms
+    after 8.4. Nothing is committed where there is no vector index, or it is one piece already.
+    """
+    line = Line(uri, options, version=at)
+    line.check()
+    with explained("fold the vector index of", uri):
+        state = index_state(uri, options=options, version=at)
+        pieces, missing = state.deltas.get(VECTOR_INDEX, 0), state.unindexed.get(VECTOR_INDEX, 0)
+        if pieces + (1 if missing else 0) <= 1:
+            return state
+        _optimize(line, names=[VECTOR_INDEX], merge=pieces)
+    return _whole(replace(index_state(uri, options=options, version=line.version), folded=(VECTOR_INDEX,)), uri)
+
+
+def retrain_vector_index(uri: str, spec: TableSpec, options: Mapping[str, str], *, at: int, workers: Workers = _ALONE) -> IndexState:
+    """Build the vector index anew from today's rows, partitions and codes, in one commit on top of version `at`.
+
+    Nothing is committed where the table has no vector index. A run that dies before the commit has changed nothing;
+    of one that died after it, `restore` takes the commit back.
+    """
+    line = Line(uri, options, version=at)
+    line.check()
+    with explained("retrain the vector index of", uri):
+        state = index_state(uri, options=options, version=at)
+        if VECTOR_INDEX not in state.deltas:
+            return state
+        rows = open_table(uri, options=options, version=at).count_rows()
+        _build_vector(line, _vector_kind(spec, rows) or _AUTO, spec, rows=rows, workers=workers)
+    return _whole(replace(index_state(uri, options=options, version=line.version), built=(VECTOR_INDEX,)), uri)
+
+
+def _whole(state: IndexState, uri: str) -> IndexState:
+    """Return the state, or raise where an index misses rows."""
     behind = {name: rows for name, rows in state.unindexed.items() if rows}
     if behind:
         raise StoreError(f"indexes of table {uri} miss rows after a refresh: {behind}. Run again; nothing was published.")
     return state
 
 
-def index_state(
-    uri: str, *, options: Mapping[str, str], version: int | None = None, built: tuple[str, ...] = (), folded: tuple[str, ...] = ()
-) -> IndexState:
+def index_state(uri: str, *, options: Mapping[str, str], version: int | None = None) -> IndexState:
     """Return the state of the indexes of one version, or of the latest."""
     dataset = open_table(uri, options=options, version=version)
     with explained("look at the indexes of", uri):
@@ -68,12 +116,12 @@ def index_state(
             version=int(dataset.version),
             unindexed={index.name: rows - index.num_rows_indexed for index in found},
             deltas={index.name: len(index.segments) for index in found},
-            built=built,
-            folded=folded,
+            built=(),
+            folded=(),
         )
 
 
-def _create_missing(line: Line, spec: TableSpec) -> tuple[str, ...]:
+def _create_missing(line: Line, spec: TableSpec, workers: Workers) -> tuple[str, ...]:
     dataset = open_table(line.uri, options=line.options)
     rows = dataset.count_rows()
     if not rows:
@@ -90,13 +138,27 @@ def _create_missing(line: Line, spec: TableSpec) -> tuple[str, ...]:
             built.append(name)
     kind = _vector_kind(spec, rows)
     if kind and (VECTOR_INDEX not in there or _outgrown(dataset, rows)):
-        line.commit(lambda latest: _create_vector(latest, kind, spec))
+        _build_vector(line, kind, spec, rows=rows, workers=workers)
         built.append(VECTOR_INDEX)
     return tuple(built)
 
 
 def _create_scalar(line: Line, *, column: str, name: str, kind: str, **how: Any) -> None:
     line.commit(lambda latest: latest.create_scalar_index(column, kind, name=name, replace=True, **how))
+
+
+def _build_vector(line: Line, kind: str, spec: TableSpec, *, rows: int, workers: Workers) -> None:
+    """Build the vector index in one commit, in place of what is there: by workers past one process, else here."""
+    if _is_big(spec, rows):
+        # Half of the pieces that may be, so that nights can add theirs before the next fold.
+        pieces = max(1, spec.fold_after // 2)
+        distributed.build_segments(line, name=VECTOR_INDEX, metric=spec.metric, most_pieces=pieces, workers=workers)
+    else:
+        line.commit(lambda latest: _create_vector(latest, kind, spec))
+
+
+def _is_big(spec: TableSpec, rows: int) -> bool:
+    return rows > spec.distribute_above and spec.vector_index in ("auto", distributed.KIND)
 
 
 def _create_vector(dataset: Any, kind: str, spec: TableSpec) -> None:
@@ -120,15 +182,36 @@ def _catch_up(line: Line, spec: TableSpec) -> tuple[str, ...]:
         # Rewritten columns leave nothing of the old pieces in use: one new piece replaces them at the price of a delta.
         renewed = missing * 2 > rows and index.name != VECTOR_INDEX
         if count > spec.fold_after or (renewed and missing):
-            fold.append(index.name)
+            fold.append(index)
             pieces = max(pieces, len(index.segments))
         elif missing:
             extend.append(index.name)
+    folded = tuple(index.name for index in fold)
     if extend:
         _optimize(line, names=extend, merge=0)
+    if _is_big(spec, rows):
+        for vector in (index for index in fold if index.name == VECTOR_INDEX):
+            _optimize(line, names=[VECTOR_INDEX], merge=_newest(dataset, vector, rows - vector.num_rows_indexed, spec))
+        fold = [index for index in fold if index.name != VECTOR_INDEX]
     if fold:
-        _optimize(line, names=fold, merge=pieces)
-    return tuple(fold)
+        _optimize(line, names=[index.name for index in fold], merge=pieces)
+    return folded
+
+
+def _newest(dataset: Any, index: Any, missing: int, spec: TableSpec) -> int:
+    """Return how many of a big table's newest pieces become one: all that are small beside what lies behind them.
+
+    Every row is then written anew as often as the table has doubled, and not in every fold.
+    """
+    live = {fragment.fragment_id: fragment.count_rows() for fragment in dataset.get_fragments()}
+    sizes = [sum(live.get(number, 0) for number in segment.fragment_ids) for segment in index.segments]
+    least = len(sizes) + (1 if missing else 0) + 1 - spec.fold_after  # a fold leaves at most `fold_after` pieces
+    taken, rows = 0, missing
+    for size in reversed(sizes):
+        if taken >= least and size > 2 * rows:
+            break
+        taken, rows = taken + 1, rows + size
+    return taken
 
 
 def _optimize(line: Line, *, names: list[str], merge: int) -> None:

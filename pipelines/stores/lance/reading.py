@@ -25,14 +25,36 @@ def read_published(uri: str, *, version: int, options: Mapping[str, str]) -> Ite
 
 
 def read_rows(
-    uri: str, *, version: int, columns: Sequence[str], options: Mapping[str, str], batch_rows: int = SCAN_ROWS
+    uri: str,
+    *,
+    version: int,
+    columns: Sequence[str],
+    options: Mapping[str, str],
+    batch_rows: int = SCAN_ROWS,
+    fragments: Sequence[int] | None = None,
 ) -> Iterator[pa.Table]:
-    """Stream chosen columns of every row of one version, in bounded tables."""
+    """Stream chosen columns of every row of one version, or of some of its fragments, in bounded tables."""
     dataset = open_table(uri, version=version, options=options)
     _require(dataset, columns)
     with explained(f"read version {version} of", uri):
-        for batch in dataset.scanner(columns=[*columns], batch_size=batch_rows).to_batches():
+        chosen = None if fragments is None else [dataset.get_fragment(number) for number in fragments]
+        for batch in dataset.scanner(columns=[*columns], batch_size=batch_rows, fragments=chosen).to_batches():
             yield pa.Table.from_batches([batch])
+
+
+def fragment_groups(uri: str, *, version: int, rows: int, options: Mapping[str, str]) -> list[list[int]]:
+    """Return the fragments of one version in groups of neighbours with about so many rows each."""
+    dataset = open_table(uri, version=version, options=options)
+    groups: list[list[int]] = []
+    filled = rows
+    with explained(f"list the fragments of version {version} of", uri):
+        for fragment in dataset.get_fragments():
+            if filled >= rows:
+                groups.append([])
+                filled = 0
+            groups[-1].append(fragment.fragment_id)
+            filled += fragment.physical_rows
+    return groups
 
 
 def take(uri: str, *, version: int, by: str, values: pa.Array, columns: Sequence[str], options: Mapping[str, str]) -> pa.Table:

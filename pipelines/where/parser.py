@@ -1,37 +1,33 @@
-"""Filters that a person writes: `brand = 'Acme' and price < 80 and category in ('A', 'B') and size is null`.
-
-The text becomes a tree of typed comparisons, and the tree an Arrow expression: nothing of it reaches an engine as text.
-
-Nulls are as in SQL: a row whose value is missing passes no comparison, so `brand != 'Acme'`, `brand not in ('Acme')`
-and `not (brand = 'Acme')` all leave out products without a brand. `is null` and `is not null` ask for them.
-"""
+"""Reads a filter's text into a tree: `or` binds least, then `and`, then `not`."""
 
 from __future__ import annotations
 
-import difflib
 import math
-import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipelines.errors import InputError
-
-T = TypeVar("T")
-
-MAX_CHARS = 16_384
-MAX_DEPTH = 32
-MAX_CHECKS = 100
-MAX_LISTED = 1_000
-# Arrow serialises an expression for an engine with both arguments of a call written twice, so bytes double with every
-# level: 25 chained `or` made 6 GB (pyarrow 26). Groups are therefore balanced, and this bounds the bytes at about 4 MB.
-MAX_WEIGHT = 20_000
+from pipelines.where.tree import (
+    COMPARE,
+    KEYWORDS,
+    MAX_CHARS,
+    MAX_CHECKS,
+    MAX_DEPTH,
+    MAX_LISTED,
+    Check,
+    Filter,
+    Group,
+    Nulls,
+    grouped,
+    named,
+    nearest,
+    typed_values,
+)
 
 _TOKEN = re.compile(
     r"""\s*(?:
@@ -43,118 +39,19 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
-_KEYWORDS = frozenset({"and", "or", "not", "in", "is", "null", "true", "false"})
-_OPPOSITE = {"=": "!=", "!=": "=", "<": ">=", ">=": "<", ">": "<=", "<=": ">"}
-_COMPARE: Mapping[str, Callable[[pc.Expression, pa.Scalar], pc.Expression]] = {
-    "=": lambda column, value: column == value,
-    "!=": lambda column, value: column != value,
-    "<": lambda column, value: column < value,
-    "<=": lambda column, value: column <= value,
-    ">": lambda column, value: column > value,
-    ">=": lambda column, value: column >= value,
-}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One question about one column: a comparison with a value, membership in values, or absence."""
-
-    column: str
-    sign: str
-    values: pa.Array | None = None
-
-    def compiled(self) -> pc.Expression:
-        """Return the test as an expression that is true only where it holds."""
-        column = pc.field(self.column)
-        if self.values is None:
-            return column.is_null() if self.sign == "is null" else column.is_valid()
-        if self.sign == "in":
-            return column.isin(self.values)
-        if self.sign == "not in":  # Arrow's membership of a null is false, not null: its opposite must ask for a value
-            return column.is_valid() & ~column.isin(self.values)
-        return _COMPARE[self.sign](column, self.values[0])
-
-    @property
-    def weight(self) -> int:
-        """Return how large the test is in an engine's request, in comparisons."""
-        listed = 1 + (0 if self.values is None else len(self.values) // 20)
-        return 4 * listed if self.sign == "not in" else listed
-
-    def opposite(self) -> Check:
-        """Return the test that holds where this one fails and the value is there."""
-        pairs = {**_OPPOSITE, "in": "not in", "not in": "in", "is null": "is not null", "is not null": "is null"}
-        return Check(column=self.column, sign=pairs[self.sign], values=self.values)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Several tests or groups, of which all must hold, or any."""
-
-    every: bool
-    parts: tuple[Check | Group, ...]
-
-    def compiled(self) -> pc.Expression:
-        """Return the group as one expression, as flat as a tree of pairs can be."""
-        join: Callable[[Any, Any], Any] = operator.and_ if self.every else operator.or_
-        return _paired([part.compiled() for part in self.parts], join)
-
-    @property
-    def weight(self) -> int:
-        """Return how large the group is in an engine's request, in comparisons."""
-        return _paired([part.weight for part in self.parts], lambda one, other: 2 * (one + other))
-
-    def opposite(self) -> Group:
-        """Return the group that fails where this one holds: negation moves inward, so that it never meets a null."""
-        return Group(every=not self.every, parts=tuple(part.opposite() for part in self.parts))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Filter:
-    """A parsed filter. `expression` works on Arrow tables and in scanners alike."""
-
-    tree: Check | Group
-    expression: pc.Expression = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "expression", self.tree.compiled())
-
-    @property
-    def columns(self) -> frozenset[str]:
-        """Names of the columns that the filter reads."""
-        return frozenset(_columns(self.tree))
-
-
-def parse_where(text: str, columns: Mapping[str, pa.DataType]) -> Filter:
+def parse_where(text: str, columns: Mapping[str, pa.DataType], *, nulls: Nulls = "drop") -> Filter:
     """Read a filter over these columns; whatever does not fit raises `InputError` and says where.
 
     Signs are = != <> < <= > >=, `in (...)`, `not in (...)`, `is null`, `is not null`, and, or, not, parentheses. A text
     stands in single quotes, doubled inside; a column of an unusual name in double quotes; a time is an ISO text, in UTC
-    unless it says otherwise; a column of true or false may stand alone.
+    unless it says otherwise; a column of true or false may stand alone. `nulls="keep"` passes the rows too for which
+    the filter is neither true nor false, because a value is missing.
     """
     if len(text) > MAX_CHARS:
         raise InputError(f"the filter has {len(text)} characters, more than {MAX_CHARS}. Filter by fewer values.")
-    tree = _Parser(text, columns).whole()
-    if tree.weight > MAX_WEIGHT:
-        raise InputError("the filter is too large or nested too deeply. Use `in (...)` for many values of one column, or split it.")
-    return Filter(tree=tree)
-
-
-def _grouped(parts: Sequence[Check | Group], *, every: bool) -> Check | Group:
-    """Make a group, without groups of its own kind inside it."""
-    if len(parts) == 1:
-        return parts[0]
-    nested = ((part.parts if isinstance(part, Group) and part.every == every else (part,)) for part in parts)
-    return Group(every=every, parts=tuple(chain.from_iterable(nested)))
-
-
-def _paired(parts: Sequence[T], join: Callable[[T, T], T]) -> T:
-    """Join neighbours until one is left, by halves."""
-    half = len(parts) // 2
-    return join(_paired(parts[:half], join), _paired(parts[half:], join)) if half else parts[0]
-
-
-def _columns(tree: Check | Group) -> set[str]:
-    return {tree.column} if isinstance(tree, Check) else set().union(*(_columns(part) for part in tree.parts))
+    return Filter.of(_Parser(text, columns).whole(), nulls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +75,7 @@ def _tokens(text: str) -> list[_Token]:
         value, place = match.group(kind), match.start(kind) + 1
         if kind in ("text", "quoted"):
             value = value[1:-1].replace(value[0] * 2, value[0])
-        if kind == "word" and value.lower() in _KEYWORDS:
+        if kind == "word" and value.lower() in KEYWORDS:
             kind, value = "keyword", value.lower()
         found.append(_Token(kind=kind, value=value, at=place))
         at = match.end()
@@ -208,13 +105,13 @@ class _Parser:
         parts = [self._all()]
         while self._accept("keyword", "or"):
             parts.append(self._all())
-        return _grouped(parts, every=False)
+        return grouped(parts, every=False)
 
     def _all(self) -> Check | Group:
         parts = [self._one()]
         while self._accept("keyword", "and"):
             parts.append(self._one())
-        return _grouped(parts, every=True)
+        return grouped(parts, every=True)
 
     def _one(self) -> Check | Group:
         self._depth += 1
@@ -244,7 +141,7 @@ class _Parser:
         if self._accept("keyword", "in"):
             return Check(column=column, sign="not in" if negated else "in", values=self._listed(column, kind))
         token = self._peek()
-        if not negated and token.kind == "sign" and (sign := token.value.replace("<>", "!=")) in _COMPARE:
+        if not negated and token.kind == "sign" and (sign := token.value.replace("<>", "!=")) in COMPARE:
             self._next += 1
             if pa.types.is_boolean(kind) and sign not in ("=", "!="):
                 raise InputError(f"`{column}` is true or false and has no order: use = or != at position {token.at}.")
@@ -258,8 +155,7 @@ class _Parser:
         if token.kind not in ("word", "quoted"):
             raise self._unexpected("a column")
         if token.value not in self._columns:
-            near = difflib.get_close_matches(token.value, self._columns, n=1, cutoff=0.6)
-            hint = f"Did you mean `{near[0]}`?" if near else f"There are: {', '.join(sorted(self._columns))}."
+            hint = nearest(token.value, self._columns)
             raise InputError(f"unknown column {token.value[:80]!r} at position {token.at} of the filter. {hint}")
         self._next += 1
         return token.value
@@ -282,9 +178,10 @@ class _Parser:
             raise self._unexpected("a value (texts stand in single quotes)")
         self._next += 1
         value = _typed(token, kind)
-        if value is None:
-            raise InputError(f"`{column}` is {_named(kind)}, and {token.value[:40]!r} at position {token.at} of the filter is none.")
-        return pa.array([value], kind)
+        array = None if value is None else typed_values([value], kind)
+        if array is None:
+            raise InputError(f"`{column}` is {named(kind)}, and {token.value[:40]!r} at position {token.at} of the filter is none.")
+        return array
 
     def _peek(self) -> _Token:
         return self._tokens[self._next]
@@ -328,14 +225,3 @@ def _moment(text: str) -> datetime | None:
     except ValueError:
         return None
     return found if found.tzinfo else found.replace(tzinfo=UTC)
-
-
-def _named(kind: pa.DataType) -> str:
-    names: Sequence[tuple[Callable[[pa.DataType], bool], str]] = (
-        (pa.types.is_boolean, "true or false"),
-        (pa.types.is_string, "a text (in single quotes)"),
-        (pa.types.is_timestamp, "a time (an ISO text such as '2026-11-04T02:10:00Z')"),
-        (pa.types.is_integer, "a whole number"),
-        (pa.types.is_floating, "a number"),
-    )
-    return next((name for check, name in names if check(kind)), f"{kind}, which no filter can compare")
