@@ -19,8 +19,6 @@ from pipelines.truth import Truth
 
 LANCE_INDEX = "lance"
 
-# A search of a table takes milliseconds, so fewer are made than of FAISS.
-_QUERIES = 64
 # A night may search so many times the partitions that were enough after training, before it trains anew.
 _PATIENCE = 2
 _FEW = "so few products are compared one by one"
@@ -30,7 +28,7 @@ def settle(build: Build, state: lance.IndexState, truth: Truth) -> tuple[lance.I
     """Return the state to publish, and how the table's vector index came about and is asked."""
     if lance.VECTOR_INDEX not in state.deltas:
         return state, IndexUse(action="none", trigger=None, reason=_FEW)
-    exam, target, use = _first(truth.exam), build.refresh.recall_at_10, _done(state)
+    exam, target, use = truth.probe, build.refresh.recall_at_10, _done(state)
     before = _before(build.base) if lance.VECTOR_INDEX not in state.built else None
     if before is None:
         return state, _trained(use, _tuned(build, state, exam, target=target, nprobes=lance.NPROBES), target=target)
@@ -68,10 +66,6 @@ def _tuned(build: Build, state: lance.IndexState, exam: Exam, *, target: float, 
     """Find the fastest search of a version that finds enough, among these numbers of partitions."""
     searcher = lance.TableSearcher(build.table_uri, state.version, build.options)
     return lance.tune(searcher.nearest, exam, target=target, nprobes=nprobes, **how)
-
-
-def _first(exam: Exam) -> Exam:
-    return replace(exam, queries=exam.queries[:_QUERIES], vids=exam.vids[:_QUERIES], scores=exam.scores[:_QUERIES])
 
 
 def _before(base: Manifest | None) -> IndexUse | None:

@@ -19,6 +19,8 @@ from pipelines.stores import lance
 
 TOP = 10
 _BATCH_ROWS = 1 << 14
+# Of 300 tunings on 128 questions 88 % held what they promised to 10,000 others, on 256 93 %. A nightly look needs fewer.
+_TUNED, _PROBED = 2, 2
 # So many products show where the groups lie between which shoppers ask.
 _CONTEXT = 4096
 
@@ -34,13 +36,21 @@ class Truth:
 
     @cached_property
     def exam(self) -> Exam:
-        """What indexes are tuned and judged on: products that training is the last to see, moved to where shoppers ask from.
+        """What an index is tuned on: many questions, because parameters stay for months."""
+        return self.held_for(self._questions)
 
-        Both indexes sit the same exam, so that one pass over the table is enough.
-        """
-        vectors = self._sampled(self.samples + _CONTEXT)
-        held, context = vectors[: self.samples], vectors[self.samples :]
-        return self.held_for(border(held, context if len(context) >= _CONTEXT else None))
+    @cached_property
+    def probe(self) -> Exam:
+        """What an index is looked at with every night: fewer of the same questions, for both indexes the same."""
+        return self.held_for(self._questions[: max(self.samples // _PROBED, 1)])
+
+    @cached_property
+    def _questions(self) -> Scores:
+        """Products that training is the last to see, moved to where shoppers ask from."""
+        asked = self.samples * _TUNED
+        vectors = self._sampled(asked + _CONTEXT)
+        held, context = vectors[:asked], vectors[asked:]
+        return border(held, context if len(context) >= _CONTEXT else None)
 
     def _sampled(self, size: int) -> Scores:
         """Return vectors of the products with the largest hashed numbers, the largest first: training takes the smallest."""

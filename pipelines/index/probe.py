@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
@@ -21,12 +20,25 @@ _BLOCK_ROWS = 16_384
 
 def exact_top(vectors: Vectors, queries: Scores, k: int) -> tuple[Vids, Scores]:
     """Return the `k` best products of each query, best first, ties by number; -1 and -inf where there are fewer."""
-    best_vids = np.full((len(queries), 0), -1, np.int64)
-    best_scores = np.full((len(queries), 0), -np.inf, np.float32)
+    best_vids = np.full((len(queries), k), -1, np.int64)
+    best_scores = np.full((len(queries), k), -np.inf, np.float32)
     for vids, block in _blocks(vectors):
-        scores, at = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
-        best_vids, best_scores = best(np.hstack([best_vids, vids[at]]), np.hstack([best_scores, scores]), k)
-    return padded(best_vids, best_scores, k)
+        scores = queries @ block.T
+        # After the first blocks, few are as good as the worst that is kept.
+        rows, at = np.nonzero(scores >= best_scores[:, -1:])
+        for row, columns in _by_row(rows, at):
+            found, number = np.append(best_scores[row], scores[row, columns]), np.append(best_vids[row], vids[columns])
+            good = found >= np.partition(found, -k)[-k]
+            found, number = found[good], number[good]
+            order = np.lexsort((number, -found))[:k]
+            best_scores[row], best_vids[row] = found[order], number[order]
+    return best_vids, best_scores
+
+
+def _by_row(rows: Vids, at: Vids) -> Iterator[tuple[int, Vids]]:
+    """Yield each row that has a hit, with its columns; `rows` ascend."""
+    numbers, starts = np.unique(rows, return_index=True)
+    yield from zip(numbers.tolist(), np.split(at, starts[1:]), strict=True) if len(numbers) else ()
 
 
 def exact_scores(vectors: Vectors, queries: Scores, vids: Vids) -> Scores:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from pipelines.errors import InputError, ManifestError
@@ -82,8 +83,8 @@ class IndexSpec:
     @property
     def parts(self) -> int | None:
         """Into how many parts product codes cut a vector."""
-        found = re.fullmatch(r"PQ([0-9]+)x4", self.codes) if self.factory != FLAT else None
-        return int(found[1]) if found else None
+        codes = self.codes
+        return int(codes.removeprefix("PQ").removesuffix("x4")) if codes.startswith("PQ") else None
 
     @property
     def template(self) -> str:
@@ -112,8 +113,14 @@ class IndexSpec:
         return self.code_bytes + finer + (_POSITION_BYTES if self.nlist else 0)
 
     def _piece(self, name: str) -> str | None:
-        found = _FACTORY.fullmatch(self.factory)
-        return found[name] if found else None
+        return _parsed(self.factory)[name]
+
+
+@cache
+def _parsed(factory: str) -> Mapping[str, str | None]:
+    found = _FACTORY.fullmatch(factory)
+    assert found is not None
+    return found.groupdict()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,14 @@ time of opening; compaction ends that. What decays with time is the fit of the c
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from pipelines.errors import InputError
-from pipelines.index.choosing import Budget, choose_spec, fitting, ranked
-from pipelines.index.spec import FLAT, IndexSpec, Segment
+from pipelines.index.choosing import Budget, choose_spec, fitting, memory_bytes, ranked
+from pipelines.index.spec import IndexSpec, Segment
 
 Action = Literal["none", "delta", "fold", "compact", "rebuild"]
 Trigger = Literal["empty", "first", "format", "settings", "size", "segments", "deltas", "tombstones", "imbalance", "drift", "recall"]
@@ -154,21 +154,25 @@ def _misfit(base: Segment, change: Change, options: RefreshOptions, *, dims: int
         asked = wanted(change.num_live, dims, options).factory
         reason = f"the base is {base.spec.factory} and the configuration asks for {asked}"
         return Decision(action="rebuild", trigger="settings", reason=reason) if base.spec.factory != asked else None
+    if base.trained is not None and base.trained.rows / 2 <= change.num_live <= base.trained.rows * 2:
+        taken = memory_bytes(base.spec, change.num_live)
+        if options.memory_bytes is None or taken <= options.memory_bytes:
+            return None
+        reason = f"{base.spec.factory} would take {taken} bytes of memory, more than {options.memory_bytes}"
+        return Decision(action="rebuild", trigger="size", reason=reason)
     # Compared at the borders of a band, so that a catalog at the border of two kinds does not alternate between them.
-    trained = base.trained.rows if base.trained else None
-    near = {wanted(rows, dims, options).factory for rows in (max(change.num_live // 2, 1), change.num_live)}
-    with contextlib.suppress(InputError):  # no index of twice as many products fits the budget: it need not, yet
-        near.add(wanted(change.num_live * 2, dims, options).factory)
-    if base.spec.factory in near:
-        return None
-    if trained is not None and base.spec.factory != FLAT and trained / 2 <= change.num_live <= trained * 2:
-        return None
     chosen = wanted(change.num_live, dims, options).factory
-    return Decision(
-        action="rebuild",
-        trigger="size",
-        reason=f"{change.num_live} products are live, and {chosen} suits them better than {base.spec.factory}",
-    )
+    if base.spec.factory in {chosen, *_near(change.num_live, dims, options)}:
+        return None
+    reason = f"{change.num_live} products are live, and {chosen} suits them better than {base.spec.factory}"
+    return Decision(action="rebuild", trigger="size", reason=reason)
+
+
+def _near(rows: int, dims: int, options: RefreshOptions) -> Iterator[str]:
+    """Yield what half and twice as many products should have, where the budget allows anything."""
+    for size in (max(rows // 2, 1), rows * 2):
+        with suppress(InputError):
+            yield wanted(size, dims, options).factory
 
 
 def _worn(segments: Sequence[Segment], change: Change, options: RefreshOptions) -> Decision | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from pipelines.errors import InputError
 from pipelines.index.choosing import REFINES, first_search, goal_of, predicted_ms
+from pipelines.index.lists import one_thread
 from pipelines.index.probe import Scores, recall_at
 from pipelines.index.segments import Vids
 from pipelines.index.spec import IndexSpec, Search
@@ -103,7 +104,8 @@ def border(vectors: Scores, centroids: Scores | None) -> Scores:
     moved = vectors.copy()
     for turn, seed in enumerate(_SEEDS):
         means = faiss.Kmeans(centroids.shape[1], groups, niter=20, spherical=True, seed=seed, min_points_per_centroid=1)
-        means.train(np.ascontiguousarray(centroids, np.float32))
+        with one_thread():
+            means.train(np.ascontiguousarray(centroids, np.float32))
         assert means.centroids is not None
         rows = slice(turn, None, len(_SEEDS))
         _, nearest = faiss.knn(vectors[rows], means.centroids, 2, metric=faiss.METRIC_INNER_PRODUCT)

@@ -120,6 +120,7 @@ class Line:
     action: str
     live: int
     nprobe: int
+    nprobe_fresh: int
     recall: float
     recall_fresh: float
     p50_ms: float
@@ -140,9 +141,16 @@ class Exact:
 
     @property
     def exam(self) -> Exam:
+        return self.held_for(self._questions())
+
+    @property
+    def probe(self) -> Exam:
+        return self.held_for(self._questions()[: self.samples // 2])
+
+    def _questions(self) -> Floats:
         order = np.argsort(self.vids * np.int64(-7046029254386353131))
-        held, context = self.vectors[order[: self.samples]], self.vectors[order[self.samples : self.samples + 4096]]
-        return self.held_for(border(held, context))
+        held, context = np.split(self.vectors[order[: 2 * self.samples + 4096]], [2 * self.samples])
+        return border(held, context)
 
     def held_for(self, queries: Floats) -> Exam:
         vids, scores = exact_top(lambda: iter([(self.vids, self.vectors)]), queries, 10)
@@ -235,6 +243,7 @@ def _line(sides: dict[str, Side], exact: Exact, queries: Floats, *, number: int,
         action=action,
         live=len(exact.vids),
         nprobe=opened["nightly"].how.nprobe,
+        nprobe_fresh=opened["fresh"].how.nprobe,
         recall=recall["nightly"],
         recall_fresh=recall["fresh"],
         p50_ms=p50["nightly"],
@@ -279,9 +288,13 @@ def verdict(lines: Sequence[Line]) -> str:
 
 def table(lines: Sequence[Line]) -> str:
     """The nights as Markdown."""
-    head = "| night | churn | done | live | probes | recall | fresh | p50 ms | fresh | MB | fresh | CPU s | fresh |\n" + "|---" * 13 + "|"
+    head = (
+        "| night | churn | done | live | probes | fresh | recall | fresh | p50 ms | fresh | MB | fresh | CPU s | fresh |\n"
+        + "|---" * 14
+        + "|"
+    )
     body = [
-        f"| {line.night} | {line.churn:.1%} | {line.action} | {line.live:,} | {line.nprobe} | {line.recall:.4f} | {line.recall_fresh:.4f} "
+        f"| {line.night} | {line.churn:.1%} | {line.action} | {line.live:,} | {line.nprobe} | {line.nprobe_fresh} | {line.recall:.4f} | {line.recall_fresh:.4f} "
         f"| {line.p50_ms:.2f} | {line.p50_fresh_ms:.2f} | {line.mb:.1f} | {line.mb_fresh:.1f} | {line.cpu_s:.2f} | {line.cpu_fresh_s:.2f} |"
         for line in lines
     ]

@@ -97,7 +97,8 @@ def thirty(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple
     codes: dict[str, Any] = {"faiss": {"type": "IVF1,SQ8"}, "lance": {"type": "IVF_SQ"}}
     # Recall of so few samples moves by more than a night may lose; here it is measured over all products instead.
     gates = {"samples": 64, "recall_max_drop": 0.05, "recall_filtered": 0.8}
-    config = make_shop(folder / "shop", products=SPEC.products, index=codes, plan={"lookback": f"{RELEASE}d"}, gates=gates)
+    worn = {"delta_until": 0.1, "tombstones_until": 0.1}
+    config = make_shop(folder / "shop", products=SPEC.products, index=codes, plan={"lookback": f"{RELEASE}d"}, gates=gates, refresh=worn)
     records = [run(config, at=0)]
     for night in range(1, NIGHTS + 1):
         write_catalog(config, released(night))

@@ -108,6 +108,7 @@ def test_positions_of_the_roster_are_the_ids_of_the_index(tmp_path: Path, factor
 def test_training_sample_is_the_same_for_every_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than k-means reads: which ones it reads must follow from the set alone."""
     monkeypatch.setattr("pipelines.index.build.SAMPLE_PER_LIST", 50)
+    monkeypatch.setattr("pipelines.index.build._LEAST_SAMPLE", 1)
     catalog, found = products(700), []
     spec = IndexSpec(factory="IVF2,Flat", dims=DIMS)
     for number in range(3):

@@ -102,7 +102,7 @@ class Months(RuleBasedStateMachine):
         rng, old = np.random.default_rng(seed), sorted(self.live)
         chosen = rng.permutation(np.array(old, dtype=object)).tolist()
         gone, changed = chosen[:delete], chosen[delete : delete + change]
-        names = [f"p{number:05d}" for number in rng.permutation(900).tolist() if f"p{number:05d}" not in self.live]
+        names = [f"p{number:05d}" for number in rng.permutation(len(self.live) + 400).tolist() if f"p{number:05d}" not in self.live]
         self.number += 1
         work = (options or self.options, self.fresh(names[:add]), self.fresh(changed), gone)
         if strike is not None:
