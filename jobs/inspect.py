@@ -21,7 +21,7 @@ from pipelines.diff import diff, first_ids
 from pipelines.errors import CatalogEmbedError, InputError, NotFound, SourceError
 from pipelines.gates import from_json
 from pipelines.hashes import id_hashes, text_hashes, vids
-from pipelines.index.segments import read_roster, read_tombstones, segments_of
+from pipelines.index.segments import FAISS, read_roster, read_tombstones, segments_of
 from pipelines.leases import live_leases
 from pipelines.manifest import GENERATION, Manifest, generation_number
 from pipelines.planning import texts_of
@@ -109,7 +109,7 @@ def look(settings: Settings, *, max_lag: timedelta | None, now: datetime | None 
         live=manifest.counts["live"],
         tower=manifest.tower,
         gates=dict(manifest.gates),
-        segments=len(segments_of(store, manifest)),
+        segments=sum(item.role == FAISS for item in manifest.segments),
         bytes=sum(item.size for item in manifest.objects),
         writing=writing,
         last_run=last,
@@ -297,8 +297,9 @@ def _from_parts(store: Store, manifest: Manifest, id_hash: pa.Array) -> Iterator
 
 def _from_segments(store: Store, manifest: Manifest, id_hash: pa.Array) -> Iterator[tuple[str, str]]:
     number = vids(id_hash)
+    segments = segments_of(store, manifest)
     hidden = read_tombstones(store, manifest)
-    for segment in segments_of(store, manifest):
+    for segment in segments:
         at, there = read_roster(store, segment).position(number)
         if there[0]:
             gone = segment.name in hidden and hidden[segment.name][at[0]]

@@ -23,7 +23,7 @@ from pipelines.contracts import Source, Window
 from pipelines.diff.dealing import first_embedded
 from pipelines.errors import AlreadyExists, NotFound, SourceMoved
 from pipelines.gates import GATE_FAILED, Gate, GateLimits, Measured, Waiver, failed, from_json, judge, to_json, verdicts
-from pipelines.index.triggers import RefreshOptions
+from pipelines.index.triggers import RefreshOptions, candidates
 from pipelines.index.update import FAISS_INDEX, NextIndex
 from pipelines.leases import Lease, held
 from pipelines.manifest import Manifest, ManifestObject, canonical
@@ -160,6 +160,8 @@ def carry_out(
             return _published(located, request, options, lease=lease, facts=built)
         in_step = _settled(located, request).until
         return Ran(outcome="nothing", exit_code=0, run_id=run_id, plan=plan, quarantined=plan.rejected, in_step=in_step)
+    # A budget or a factory that cannot be had is said before anything is embedded.
+    candidates(max(plan.base_live + plan.actions.add - plan.actions.delete, 1), options.space.card.dims, options.refresh)
     build = _build(located, request, options, recorder=recorder, run_id=run_id, work=work)
     with recorder.stage("deal"):
         dealt = deal(build, located.changes, located.previous)

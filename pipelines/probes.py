@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.errors import ManifestError, StoreError
+from pipelines.errors import ManifestError, OldFormat, StoreError
 from pipelines.filter_probes import recall_filtered
 from pipelines.gates import GateLimits, Measured
 from pipelines.hashes import id_hashes, vids
@@ -300,7 +300,11 @@ def _churn(candidate: Candidate, sample: _Sample, now: npt.NDArray[np.int64], sk
         skipped["churn"] = "there is no earlier generation of this tower to compare with"
         skipped["recall_drop"] = skipped["churn"]
         return {}
-    before = SegmentSearcher.open(candidate.store, base).search(sample.vectors, TOP).vids
+    try:
+        before, _ = SegmentSearcher.open(candidate.store, base).nearest(sample.vectors, TOP)
+    except OldFormat:
+        skipped["churn"] = "the index of the generation before is of an older format"
+        return {}
     shares = [
         1.0 - len(set(old[old >= 0].tolist()) & set(new.tolist())) / max(1, int((old >= 0).sum()))
         for old, new in zip(before, now, strict=True)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pipelines.contracts import ObjectRef
 from pipelines.errors import AlreadyExists, CorruptObject, InputError, ManifestError, NotFound, StoreError
+from pipelines.index.segments import segments_of
 from pipelines.manifest import (
     FORMAT_VERSION,
     GENERATION,
@@ -199,6 +200,7 @@ def rollback(
     target = _target(store, alias, head, to=to)
     manifest = open_manifest(store, target)
     _check_objects(store, manifest, verify=verify)
+    segments_of(store, manifest)  # raises where this version could not search it
     entry = _entry(manifest, target.manifest_sha256, seq=head.seq + 1, action="rollback", run_id=run_id, reason=reason, at=at)
     return _append(store, alias, replace(entry, hold=hold or head.hold), head=head)
 

@@ -112,9 +112,9 @@ class Opened:
         shown = [name for name in dict.fromkeys(columns) if name != ID]
         self._check_columns([*shown, *([] if group_by is None else [group_by])], "show" if group_by in (None, *shown) else "group by")
         chosen = self._filter(where, nulls)
-        if k < 1:
-            raise InputError(f"k is {k}; ask for at least one answer.")
-        if per_group < 1 or (group_by is None and per_group != 1):
+        k = min(_whole(k, "k"), max(self.table.num_rows, 1))
+        per_group = _whole(per_group, "per_group")
+        if group_by is None and per_group != 1:
             raise InputError(f"per_group is {per_group}: give `group_by` a column, and `per_group` at least one answer of each group.")
         vector = self.embed(query)
         ask = partial(self._answers, vector, where=chosen, engine=engine, exact=exact)
@@ -358,6 +358,13 @@ def _check_tower(directory: Path, store: Store, manifest: Manifest) -> None:
             f"the tower in {directory} has the fingerprint {found[:12]}, but {manifest.generation} was made with {manifest.tower[:12]}. "
             "Their vectors cannot be compared: open the generation without `tower`, which loads its own."
         )
+
+
+def _whole(number: Any, name: str) -> int:
+    """Return a number of answers as Python's own."""
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+        raise InputError(f"{name} is {number!r}; ask for at least one answer, in whole numbers.")
+    return int(number)
 
 
 def _unit(query: Any) -> npt.NDArray[np.float32]:

@@ -38,6 +38,7 @@ def rebuild(
         progress.advance(lance.counts(uri, version=version, options=build.options))
     applied = indexed(build, version=version, previous=None)
     index = whole_index(build, applied, live=lost.counts["live"])
+    use = replace(index.use, trigger=None, reason="made anew from the vector log")
     kept = tuple(item for item in lost.attachments if item.role != "attachment")
     manifest = replace(
         lost,
@@ -49,7 +50,7 @@ def rebuild(
         segments=index.segments,
         tombstones=index.tombstones,
         attachments=kept,
-        indexes={FAISS_INDEX: index.use, LANCE_INDEX: applied.use},
+        indexes={FAISS_INDEX: use, LANCE_INDEX: applied.use},
         gates={},
     )
     found = measure(
@@ -57,6 +58,6 @@ def rebuild(
         build.observer,
     )
     gates = judge(found, limits, waivers, datetime.now(tz=UTC).date())
-    report: dict[str, Any] = {"format": 1, "rebuilt_from": lost.generation, "index": asdict(index.use)}
+    report: dict[str, Any] = {"format": 1, "rebuilt_from": lost.generation, "index": asdict(use)}
     attachments = {"gates.json": to_json(gates), "report.json": canonical(report)}
     return write_generation(store, replace(manifest, gates=verdicts(gates)), attachments), gates

@@ -20,7 +20,7 @@ from pipelines.stores import lance
 TOP = 10
 _BATCH_ROWS = 1 << 14
 # Of 300 tunings on 128 questions 88 % held what they promised to 10,000 others, on 256 93 %. A nightly look needs fewer.
-_TUNED, _PROBED = 2, 2
+_EXAM_FACTOR, _PROBE_SHARE = 2, 0.5
 # So many products show where the groups lie between which shoppers ask.
 _CONTEXT = 4096
 
@@ -42,12 +42,12 @@ class Truth:
     @cached_property
     def probe(self) -> Exam:
         """What an index is looked at with every night: fewer of the same questions, for both indexes the same."""
-        return self.held_for(self._questions[: max(self.samples // _PROBED, 1)])
+        return self.held_for(self._questions[: max(int(self.samples * _PROBE_SHARE), 1)])
 
     @cached_property
     def _questions(self) -> Scores:
         """Products that training is the last to see, moved to where shoppers ask from."""
-        asked = self.samples * _TUNED
+        asked = self.samples * _EXAM_FACTOR
         vectors = self._sampled(asked + _CONTEXT)
         held, context = vectors[:asked], vectors[asked:]
         return border(held, context if len(context) >= _CONTEXT else None)

@@ -239,7 +239,7 @@ def _filled(files: Files, roster: Roster, rows: Rows, spec: IndexSpec, *, stored
         if found.finer is not None:
             append_codes(parts.finer, found.finer)
             index.ntotal = size
-    spread = round(float(1.0 - found.closeness.mean()), _SPREAD_DIGITS)
+    spread = round(max(0.0, float(1.0 - found.closeness.mean())), _SPREAD_DIGITS)
     training = owner.trained if owner else None
     if owner is None and stored is not None:
         even = imbalance(np.bincount(found.lists, minlength=spec.nlist or 1).astype(np.int64))

@@ -151,6 +151,8 @@ def ranked(n: int, dims: int, budget: Budget) -> tuple[Choice, ...]:
 
     Best is the fastest, and among those as fast the smallest; but while vectors are few, comparing every one.
     """
+    if n < 1 or dims < 1:
+        raise InputError(f"no index is chosen for {n} vectors of {dims} dimensions. Give at least one of each.")
     every = list(_choices(n, dims, budget))
     fit = [choice for choice in every if _fits(choice, budget)]
     if not fit:

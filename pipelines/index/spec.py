@@ -43,8 +43,7 @@ class IndexSpec:
     dims: int
 
     def __post_init__(self) -> None:
-        if _FACTORY.fullmatch(self.factory) is None:
-            raise InputError(f"index {self.factory[:60]!r} is none that is known. Write {_FORMS}.")
+        check_factory(self.factory)
         if self.dims < 1:
             raise InputError(f"an index of {self.dims} dimensions cannot be built. Check the tower's card.")
         if self.parts is not None and self.dims % self.parts:
@@ -114,6 +113,12 @@ class IndexSpec:
 
     def _piece(self, name: str) -> str | None:
         return _parsed(self.factory)[name]
+
+
+def check_factory(factory: str) -> None:
+    """Raise `InputError` where this is no factory of ours, for vectors of any dimensions."""
+    if _FACTORY.fullmatch(factory) is None:
+        raise InputError(f"index {factory[:60]!r} is none that is known. Write {_FORMS}.")
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pipelines.errors import InputError
 from pipelines.index.choosing import Budget, choose_spec, fitting, memory_bytes, ranked
-from pipelines.index.spec import IndexSpec, Segment
+from pipelines.index.spec import IndexSpec, Segment, check_factory
 
 Action = Literal["none", "delta", "fold", "compact", "rebuild"]
 Trigger = Literal["empty", "first", "format", "settings", "size", "segments", "deltas", "tombstones", "imbalance", "drift", "recall"]
@@ -32,6 +32,10 @@ TRIGGERS: tuple[Trigger, ...] = (
 )
 
 
+# Entries that all lie on their centroids, as equal texts do, have no drift to multiply.
+_LEAST_DRIFT = 1e-3
+
+
 @dataclass(frozen=True, kw_only=True)
 class RefreshOptions:
     """When an index is extended, and when it is made anew, and what it has to reach.
@@ -46,7 +50,7 @@ class RefreshOptions:
     delta_until: float = 0.5
     tombstones_until: float = 0.35
     max_segments: int = 32
-    imbalance_until: float = 2.0
+    imbalance_until: float = 1.5
     drift_until: float = 1.25
     probes_until: float = 1.3
     recall_at_10: float = 0.97
@@ -64,6 +68,8 @@ class RefreshOptions:
             value = getattr(self, name)
             if not value >= 1:
                 raise InputError(f"`{name}` is {value}; it is a multiple of what training left, from 1.")
+        if self.distribute_above < 0:
+            raise InputError(f"`distribute_above` is {self.distribute_above}; it is a number of products, from 0.")
         if self.max_segments < 1:
             raise InputError(f"`max_segments` is {self.max_segments}; at least one segment is needed.")
         for name in ("memory_bytes", "latency_ms"):
@@ -71,7 +77,7 @@ class RefreshOptions:
             if value is not None and not value > 0:
                 raise InputError(f"`{name}` is {value}; a budget is more than nothing.")
         if self.factory is not None:
-            IndexSpec(factory=self.factory, dims=1 if "PQ" not in self.factory else 4096)
+            check_factory(self.factory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +131,7 @@ def decide_fit(fit: Fit, options: RefreshOptions) -> Decision | None:
     if fit.imbalance > options.imbalance_until * fit.trained_imbalance:
         now = f"lists are {fit.imbalance:.2f} times as costly as even ones, {fit.trained_imbalance:.2f} after training"
         return Decision(action="rebuild", trigger="imbalance", reason=f"{now}: more than {options.imbalance_until:g} times as much")
-    if fit.spread > options.drift_until * fit.trained_spread:
+    if fit.spread > options.drift_until * fit.trained_spread + _LEAST_DRIFT:
         now = f"entries are {fit.spread:.4f} from their centroids, {fit.trained_spread:.4f} after training"
         return Decision(action="rebuild", trigger="drift", reason=f"{now}: more than {options.drift_until:g} times as far")
     return None

@@ -15,9 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from jobs.inspect import look
 from jobs.nightly import Night, open_store, run_night
 from jobs.records import Record
+from jobs.releasing import roll_back, validate
 from jobs.settings import Settings, load
+from pipelines.errors import OldFormat
+from pipelines.gates import failed
 from pipelines.index.probe import exact_scores, exact_top, recall_at
 from pipelines.index.search import SegmentSearcher
 from pipelines.manifest import Manifest, TablePin
@@ -305,3 +309,24 @@ def test_float16_vectors_are_the_float32_ones_rounded(thirty: tuple[Live, Live, 
     theirs = whole.take(place)
     assert mine.num_rows > 50
     assert np.abs(matrix(mine.column(VECTOR)) - matrix(theirs.column(VECTOR))).max() < 1e-3
+
+
+def test_a_store_whose_index_is_of_an_older_format_goes_on_with_the_next_night(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_shop(tmp_path / "shop", products=60)
+    with monkeypatch.context() as older:
+        older.setattr("pipelines.index.segments._CARD_FORMAT", 1)
+        assert run(config, at=0).facts.outcome == "published"
+    assert look(load(config), max_lag=None).segments == 1
+    make_shop(tmp_path / "shop", products=60, night=1)
+    record = run(config, at=1)
+    assert record.facts.outcome == "published", record.facts.error
+    assert record.ran is not None
+    assert record.ran.index is not None
+    assert (record.ran.index.action, record.ran.index.use.trigger) == ("rebuild", "format")
+    assert {gate.name: gate.verdict for gate in record.ran.gates}["churn"] == "skipped"
+    assert not failed(validate(load(config), None)[1])
+    with pytest.raises(OldFormat, match="older catalog-embed"):
+        roll_back(load(config), to=None, hold=False, reason="")
+    assert look(load(config), max_lag=None).generation == "g000002"

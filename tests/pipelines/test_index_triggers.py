@@ -16,7 +16,7 @@ from pipelines.errors import InputError, OldFormat
 from pipelines.index.search import SegmentSearcher
 from pipelines.index.segments import CARD, segments_of
 from pipelines.index.spec import IndexSpec, Kind, Segment, Training
-from pipelines.index.triggers import TRIGGERS, Change, Decision, Fit, RefreshOptions, decide, decide_fit
+from pipelines.index.triggers import TRIGGERS, Change, Decision, Fit, RefreshOptions, candidates, decide, decide_fit
 from pipelines.index.update import NextIndex
 from pipelines.manifest import Manifest, ManifestObject
 from tests.generations import sample_manifest
@@ -380,7 +380,7 @@ def test_fit_is_judged_by_multiples_of_what_training_left() -> None:
     options = RefreshOptions(imbalance_until=2, drift_until=1.25)
     fit = Fit(imbalance=3.0, trained_imbalance=1.5, spread=0.25, trained_spread=0.2)
     assert decide_fit(fit, options) is None
-    for change, trigger in (({"imbalance": 3.01}, "imbalance"), ({"spread": 0.251}, "drift")):
+    for change, trigger in (({"imbalance": 3.01}, "imbalance"), ({"spread": 0.2515}, "drift")):
         decision = decide_fit(replace(fit, **change), options)
         assert isinstance(decision, Decision)
         assert (decision.action, decision.trigger) == ("rebuild", trigger)
@@ -398,3 +398,15 @@ def impossible() -> Iterator[dict[str, Any]]:
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         RefreshOptions(**options)
+
+
+@pytest.mark.parametrize("factory", ["IVF1024,PQ96x4fs", "IVF16384_HNSW32,PQ192x4fs,Refine(SQ8)", "IVF64,RaBitQ4fs", "Flat"])
+def test_factories_are_checked_without_knowing_the_dimensions(factory: str) -> None:
+    assert RefreshOptions(factory=factory).factory == factory
+
+
+def test_product_codes_that_do_not_divide_the_dimensions_are_refused_before_anything_is_built() -> None:
+    with pytest.raises(InputError, match="cannot be cut into 100 equal parts"):
+        candidates(10_000, 384, RefreshOptions(factory="IVF64,PQ100x4fs"))
+    with pytest.raises(InputError, match="Raise the budget"):
+        candidates(100_000, 384, RefreshOptions(memory_bytes=1_000_000))
