@@ -312,6 +312,36 @@ def table(lines: Sequence[Line]) -> str:
     return "\n".join([head, *body])
 
 
+def plot(lines: Sequence[Line]) -> str:
+    """The nights as an SVG page: recall, latency, bytes and CPU seconds of both sides."""
+    panels = [
+        ("recall@10", [line.recall for line in lines], [line.recall_fresh for line in lines]),
+        ("p50, ms", [line.p50_ms for line in lines], [line.p50_fresh_ms for line in lines]),
+        ("MB written", [line.mb for line in lines], [line.mb_fresh for line in lines]),
+        ("CPU seconds", [line.cpu_s for line in lines], [line.cpu_fresh_s for line in lines]),
+    ]
+    width, height, pad = 760, 150, 46
+    body = []
+    for number, (title, nightly, fresh) in enumerate(panels):
+        top, values = number * height, [*nightly[1:], *fresh[1:]]
+        low, high = (min(values), max(values)) if title == "recall@10" else (0.0, max(values))
+        span = (high - low) or 1.0
+        body.append(f'<text x="{pad}" y="{top + 14}">{title}</text>')
+        for value in (low, high):
+            y = top + height - 14 - (value - low) / span * (height - 40)
+            body.append(f'<text x="{pad - 6}" y="{y + 4:.1f}" text-anchor="end" fill="#777">{value:.3g}</text>')
+            body.append(f'<line x1="{pad}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        for series, colour in ((fresh, "#b0622c"), (nightly, "#1f6f8b")):
+            points = " ".join(
+                f"{pad + at / len(series) * (width - pad):.1f},{top + height - 14 - (value - low) / span * (height - 40):.1f}"
+                for at, value in enumerate(series[1:], 1)
+            )
+            body.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+    legend = f'<text x="{width - 330}" y="14" fill="#1f6f8b">extended every night</text><text x="{width - 150}" y="14" fill="#b0622c">built anew every night</text>'
+    size = f'width="{width}" height="{height * len(panels)}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">{legend}{"".join(body)}</svg>\n'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", type=Path, required=True, help="unit vectors of real products (.npy)")
@@ -333,6 +363,7 @@ def main() -> None:
             lines.append(line)
             print(line, flush=True)
     given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "months.svg").write_text(plot(lines))
     (given.out / "months.json").write_text(json.dumps([asdict(line) for line in lines]))
     (given.out / "months.md").write_text(f"{table(lines)}\n\n```\n{verdict(lines)}\n```\n")
     print(verdict(lines))
