@@ -6,6 +6,7 @@ import getpass
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from jobs.inspect import named, require_store
@@ -15,6 +16,7 @@ from jobs.settings import Settings
 from pipelines.errors import NotFound, PlanError
 from pipelines.gates import Gate, judge
 from pipelines.generation import lease_name, recall_of
+from pipelines.index.segments import segments_of
 from pipelines.leases import LeaseEntry, break_lease
 from pipelines.manifest import check_generation
 from pipelines.probes import Candidate, measure
@@ -85,7 +87,8 @@ def other_tower(settings: Settings, generation: str) -> str | None:
 def roll_back(settings: Settings, *, to: str | None, hold: bool, reason: str) -> LogEntry:
     """Make the previous generation live again, or the one named."""
     store = require_store(settings)
-    return rollback(store, alias=settings.publish.alias, run_id=new_run_id(_now()), reason=reason, clock=_now, to=to, hold=hold)
+    alias, run_id, readable = settings.publish.alias, new_run_id(_now()), partial(segments_of, store)
+    return rollback(store, alias=alias, run_id=run_id, reason=reason, clock=_now, to=to, hold=hold, check=readable)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from pipelines.contracts import ObjectRef
 from pipelines.errors import AlreadyExists, CorruptObject, InputError, ManifestError, NotFound, StoreError
-from pipelines.index.segments import segments_of
 from pipelines.manifest import (
     FORMAT_VERSION,
     GENERATION,
@@ -185,10 +184,12 @@ def rollback(
     to: str | None = None,
     hold: bool = False,
     verify: Verify = "size",
+    check: Callable[[Manifest], object] | None = None,
 ) -> LogEntry:
     """Make an older generation live again (`to`, or the one before the current one), and return the new entry.
 
-    Only a generation that this alias has named before, and whose objects are intact, qualifies. A held alias stays held.
+    Only a generation that this alias has named before, and whose objects are intact, qualifies; `check` raises for one that
+    the readers of this store could not open. A held alias stays held.
     """
     head = current(store, alias)
     if head is None:
@@ -200,7 +201,8 @@ def rollback(
     target = _target(store, alias, head, to=to)
     manifest = open_manifest(store, target)
     _check_objects(store, manifest, verify=verify)
-    segments_of(store, manifest)  # raises where this version could not search it
+    if check is not None:
+        check(manifest)
     entry = _entry(manifest, target.manifest_sha256, seq=head.seq + 1, action="rollback", run_id=run_id, reason=reason, at=at)
     return _append(store, alias, replace(entry, hold=hold or head.hold), head=head)
 

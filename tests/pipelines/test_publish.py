@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines.contracts import ObjectRef
 from pipelines.errors import AlreadyExists, CorruptObject, InputError, ManifestError, NotFound, StoreError
+from pipelines.manifest import Manifest
 from pipelines.publish import LogEntry, current, history, next_generation, open_manifest, publish, rollback, write_generation
 from pipelines.storage import Store
 from tests.conftest import S3Server
@@ -150,6 +151,20 @@ def test_a_repeated_rollback_of_one_run_moves_once(store: Store) -> None:
     chain(store, 3)
     assert back(store) == back(store)
     assert live(store) == "g000002"
+
+
+def test_rollback_asks_whether_readers_could_open_the_generation(store: Store) -> None:
+    published(store, "g000001", expected_seq=0)
+    published(store, "g000002", expected_seq=1)
+    seen: list[str] = []
+
+    def refuse(manifest: Manifest) -> None:
+        seen.append(manifest.generation)
+        raise ManifestError("too old for these readers")
+
+    with pytest.raises(ManifestError, match="too old for these readers"):
+        back(store, check=refuse)
+    assert (seen, live(store)) == (["g000001"], "g000002")
 
 
 def test_rollback_refuses_unknown_and_damaged_generations(store: Store) -> None:
