@@ -235,6 +235,7 @@ def run_options(settings: Settings, store: Store, space: Space, night: Night) ->
             text=index.lance.text,
             flat_below=index.lance.flat_below,
             fold_after=index.lance.fold_after,
+            distribute_above=index.lance.distribute_above,
         ),
         refresh=settings.refresh_options,
         limits=settings.gate_limits,

@@ -151,6 +151,9 @@ class Source(Protocol):
         ...
 
 
+# The two indexes of a generation, as its manifest names them.
+FAISS_INDEX, LANCE_INDEX = "faiss", "lance"
+
 # Two measurements of one index with a few products more or less differ by this much.
 _SLACK = 0.01
 

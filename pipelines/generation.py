@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 
 from pipelines.build import Build, Embedded, EmbedOptions, Space, TableOptions
 from pipelines.candidate import apply, segment
-from pipelines.contracts import Source, Window
+from pipelines.contracts import FAISS_INDEX, LANCE_INDEX, Source, Window
 from pipelines.diff.dealing import first_embedded
 from pipelines.errors import AlreadyExists, NotFound, SourceMoved
 from pipelines.gates import GATE_FAILED, Gate, GateLimits, Measured, Waiver, failed, from_json, judge, to_json, verdicts
 from pipelines.index.triggers import RefreshOptions, candidates
-from pipelines.index.update import FAISS_INDEX, NextIndex
+from pipelines.index.update import NextIndex
 from pipelines.leases import Lease, held
 from pipelines.manifest import Manifest, ManifestObject, canonical
 from pipelines.plan import QUARANTINE_FULL, Guard, Plan
@@ -36,7 +36,6 @@ from pipelines.publish import LogEntry, current, next_generation, open_manifest,
 from pipelines.schema import ACTION, ID, ID_HASH, REASON, TEXT
 from pipelines.storage import Store
 from pipelines.stores.parquet import write_rows
-from pipelines.table_index import LANCE_INDEX
 from pipelines.telemetry import Recorder
 from pipelines.work import deal, embed
 

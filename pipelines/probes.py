@@ -234,11 +234,20 @@ def _searched(
 ) -> dict[str, Any]:
     """Search both indexes for the sample, and compare with exact search, with each other, and with the night before."""
     if not sample.ids:
-        for name in ("self_retrieval", "recall_faiss", "recall_lance", "parity", "churn", "identical"):
-            skipped[name] = "the generation has no product"
+        names = (
+            "self_retrieval",
+            "recall_faiss",
+            "recall_lance",
+            "recall_filtered_faiss",
+            "recall_filtered_lance",
+            "parity",
+            "churn",
+            "identical",
+        )
+        skipped |= dict.fromkeys(names, "the generation has no product")
         return {}
     truth = candidate.truth
-    held = truth.held_for(sample.vectors)
+    held = truth.exam_for(sample.vectors)
     exact = held.scores
     faiss_hits = segments.search(sample.vectors, TOP)
     # A table search costs milliseconds each, so half of a large sample asks for them.

@@ -8,15 +8,14 @@ from typing import Any
 
 from pipelines.build import Build
 from pipelines.candidate import indexed, whole_index
+from pipelines.contracts import FAISS_INDEX, LANCE_INDEX
 from pipelines.errors import InputError
 from pipelines.gates import Gate, GateLimits, Waiver, judge, to_json, verdicts
-from pipelines.index.update import FAISS_INDEX
 from pipelines.manifest import Manifest, canonical
 from pipelines.probes import Candidate, measure
 from pipelines.publish import write_generation
 from pipelines.stores import lance
 from pipelines.stores.parquet import replay
-from pipelines.table_index import LANCE_INDEX
 
 
 def rebuild(

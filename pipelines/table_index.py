@@ -11,13 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines.build import Build
-from pipelines.contracts import IndexUse
+from pipelines.contracts import LANCE_INDEX, IndexUse
 from pipelines.index.tuning import Exam
 from pipelines.manifest import Manifest
 from pipelines.stores import lance
+from pipelines.table_tuning import NPROBES, Tuning, tune
 from pipelines.truth import Truth
-
-LANCE_INDEX = "lance"
 
 # A night may search so many times the partitions that were enough after training, before it trains anew.
 _PATIENCE = 2
@@ -31,7 +30,7 @@ def settle(build: Build, state: lance.IndexState, truth: Truth) -> tuple[lance.I
     exam, target, use = truth.probe, build.refresh.recall_at_10, _done(state)
     before = _before(build.base) if lance.VECTOR_INDEX not in state.built else None
     if before is None:
-        return state, _trained(use, _tuned(build, state, exam, target=target, nprobes=lance.NPROBES), target=target)
+        return state, _trained(use, _tuned(build, state, exam, target=target, nprobes=NPROBES), target=target)
     needed = before.needs(target)
     asked = {"nprobes": [before.search["nprobes"]], "refines": [before.search["refine"]]}
     now = _tuned(build, state, exam, target=needed, margin=0.0, **asked)
@@ -44,7 +43,7 @@ def settle(build: Build, state: lance.IndexState, truth: Truth) -> tuple[lance.I
 
 def _mended(build: Build, state: lance.IndexState, exam: Exam, use: IndexUse, *, needed: float) -> tuple[lance.IndexState, IndexUse]:
     """Search more partitions; fold and search; train anew and search: until enough is found, or all is done."""
-    some = [count for count in lance.NPROBES if count <= max(use.search["trained_nprobes"] * _PATIENCE, min(lance.NPROBES))]
+    some = [count for count in NPROBES if count <= max(use.search["trained_nprobes"] * _PATIENCE, min(NPROBES))]
     found = _tuned(build, state, exam, target=needed, nprobes=some)
     if not found.reached and state.deltas[lance.VECTOR_INDEX] > 1:
         state, use = lance.fold_vector_index(build.table_uri, build.options, at=state.version), replace(use, action="fold")
@@ -53,19 +52,19 @@ def _mended(build: Build, state: lance.IndexState, exam: Exam, use: IndexUse, *,
         return state, replace(use, search={**use.search, "nprobes": found.nprobes, "refine": found.refine}, recall=found.recall)
     state = lance.retrain_vector_index(build.table_uri, build.spec, build.options, at=state.version, workers=build.workers)
     target = build.refresh.recall_at_10
-    found = _tuned(build, state, exam, target=target, nprobes=lance.NPROBES)
+    found = _tuned(build, state, exam, target=target, nprobes=NPROBES)
     return state, _trained(replace(use, action="rebuild"), found, target=target)
 
 
-def _trained(use: IndexUse, found: lance.Tuning, *, target: float) -> IndexUse:
+def _trained(use: IndexUse, found: Tuning, *, target: float) -> IndexUse:
     search = {"nprobes": found.nprobes, "refine": found.refine, "trained_nprobes": found.nprobes}
     return replace(use, search=search, recall=found.recall, target=target, trained_recall=found.recall)
 
 
-def _tuned(build: Build, state: lance.IndexState, exam: Exam, *, target: float, nprobes: Sequence[int], **how: Any) -> lance.Tuning:
+def _tuned(build: Build, state: lance.IndexState, exam: Exam, *, target: float, nprobes: Sequence[int], **how: Any) -> Tuning:
     """Find the fastest search of a version that finds enough, among these numbers of partitions."""
     searcher = lance.TableSearcher(build.table_uri, state.version, build.options)
-    return lance.tune(searcher.nearest, exam, target=target, nprobes=nprobes, **how)
+    return tune(searcher.nearest, exam, target=target, nprobes=nprobes, **how)
 
 
 def _before(base: Manifest | None) -> IndexUse | None:

@@ -37,12 +37,12 @@ class Truth:
     @cached_property
     def exam(self) -> Exam:
         """What an index is tuned on: many questions, because parameters stay for months."""
-        return self.held_for(self._questions)
+        return self.exam_for(self._questions)
 
     @cached_property
     def probe(self) -> Exam:
         """What an index is looked at with every night: fewer of the same questions, for both indexes the same."""
-        return self.held_for(self._questions[: max(int(self.samples * _PROBE_SHARE), 1)])
+        return self.exam_for(self._questions[: max(int(self.samples * _PROBE_SHARE), 1)])
 
     @cached_property
     def _questions(self) -> Scores:
@@ -61,7 +61,7 @@ class Truth:
         numbers, vectors = self.vectors_of(chosen)
         return vectors[np.searchsorted(numbers, chosen)]
 
-    def held_for(self, queries: Scores) -> Exam:
+    def exam_for(self, queries: Scores) -> Exam:
         """Return queries with their exact answers."""
         vids, scores = exact_top(self._stream, queries, TOP)
         return Exam(queries=queries, vids=vids, scores=scores, score_of=lambda found: self.scores(queries, found, vids, scores))

@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,3 +65,11 @@ def ray_cluster() -> Iterator[None]:
 
     with connected("local"):
         yield
+
+
+@pytest.fixture(scope="session")
+def two_nights(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the configuration of a shop whose second generation is live, for tests that only look: copy it to change it."""
+    from tests.jobs.commands import make_two_nights
+
+    return make_two_nights(tmp_path_factory.mktemp("two-nights"))

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from pipelines.contracts import IndexUse
+from pipelines.contracts import FAISS_INDEX, LANCE_INDEX, IndexUse
 from pipelines.health.questions import Subject
 from pipelines.index.lists import Numbers, imbalance
 from pipelines.index.search import SegmentSearcher, search_of
@@ -130,7 +130,7 @@ def faiss_health(subject: Subject, searcher: SegmentSearcher) -> FaissHealth:
         drift = Drift(now=_spread(segments) or 0.0, trained=training.spread, deltas=_spread(deltas))
     return FaissHealth(
         factory=cards[0].spec.factory if cards else None,
-        use=manifest.indexes.get("faiss"),
+        use=manifest.indexes.get(FAISS_INDEX),
         nprobe=how.nprobe,
         refine=how.refine,
         segments=segments,
@@ -146,7 +146,7 @@ def lance_health(subject: Subject) -> LanceHealth:
     sizes = lance.sizes(subject.uri, version=subject.pin.version, options=subject.options)
     found = lance.vector_health(subject.uri, subject.pin.version, subject.options)
     return LanceHealth(
-        use=subject.manifest.indexes.get("lance"),
+        use=subject.manifest.indexes.get(LANCE_INDEX),
         version=subject.pin.version,
         **sizes,
         kind=found.kind if found else None,

@@ -150,7 +150,7 @@ def spread(first: int, end: int, most: int) -> Numbers:
 
 def ask(subject: Subject, opened: Opened, queries: Scores, *, asked: Numbers) -> Answers:
     """Ask the FAISS index, and Lance for the queries `asked`, and compare with what exact search finds in one pass over the table."""
-    exam = subject.truth.held_for(queries)
+    exam = subject.truth.exam_for(queries)
     faiss = opened.segments.search(queries, TOP)
     by_lance = np.full((len(queries), TOP), -1, np.int64)
     ids = {vid: name for row, names in zip(faiss.vids.tolist(), faiss.ids, strict=True) for vid, name in zip(row, names, strict=False)}

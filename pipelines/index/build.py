@@ -56,14 +56,15 @@ def build_base(store: Store, name: str, rows: Rows, spec: IndexSpec, *, work: Pa
     files, template = Files(store, name, work), trained(spec, sample)
     sha256 = trained_sha256(template)
     stored = _Stored(files.keep_index(TRAINED, template, rows=0), sha256) if sha256 else None
-    return _filled(files, roster, rows, spec, stored=stored, owner=None)
+    return _filled(files, roster, rows, spec, source=store, stored=stored, owner=None)
 
 
-def build_delta(store: Store, name: str, rows: Rows, owner: Segment, *, work: Path) -> Segment:
-    """Build a segment with the trained template of a base, and store it."""
+def build_delta(store: Store, name: str, rows: Rows, owner: Segment, *, work: Path, into: Store | None = None) -> Segment:
+    """Build a segment with the trained template of a base, and store it beside the base, or in the store `into`."""
     roster, _ = _surveyed(name, rows, owner.spec, sample_rows=0)
     stored = _Stored(owner.object(TRAINED), owner.trained.sha256) if owner.trained else None
-    return _filled(Files(store, name, work), roster, rows, owner.spec, stored=stored, owner=owner)
+    files = Files(into or store, name, work)
+    return _filled(files, roster, rows, owner.spec, source=store, stored=stored, owner=owner)
 
 
 def gather(piece: Piece) -> Roster:
@@ -87,17 +88,24 @@ class Files:
         self._store = store
         work.mkdir(parents=True, exist_ok=True)
 
-    @property
-    def store(self) -> Store:
-        """Where they are kept."""
-        return self._store
-
     def keep_index(self, role: str, index: Any, *, rows: int) -> ManifestObject:
         """Store an index."""
         return self._keep(role, lambda path: faiss.write_index(index, str(path)), rows=rows)
 
-    def finish(self, segment: Segment, index: Any, roster: Roster) -> Segment:
-        """Store the index, the id map and the card, which comes last: a folder with a card is whole."""
+    def finish(
+        self, index: Any, roster: Roster, *, spec: IndexSpec, owner: Segment | None, training: Training | None, spread: float
+    ) -> Segment:
+        """Store the index, the id map and the card, which comes last: a folder with a card is whole. Return the segment."""
+        segment = Segment(
+            name=self.name,
+            kind="delta" if owner else "base",
+            rows=len(roster.vids),
+            spec=spec,
+            template=owner.name if owner else None,
+            trained=training,
+            spread=round(spread, _SPREAD_DIGITS),
+            objects=(),
+        )
         self.keep_index(FAISS, index, rows=segment.rows)
         self._keep(IDS, lambda path: write_table(pa.table({VID: roster.vids, ID: roster.ids}), path), rows=segment.rows)
         self._keep(CARD, lambda path: path.write_bytes(card_bytes(segment)), rows=None)
@@ -222,13 +230,15 @@ class _Gathered:
             raise PlanError(f"{missing} rows were gone at the second reading. Check that nothing removes the run's parts.")
 
 
-def _filled(files: Files, roster: Roster, rows: Rows, spec: IndexSpec, *, stored: _Stored | None, owner: Segment | None) -> Segment:
+def _filled(
+    files: Files, roster: Roster, rows: Rows, spec: IndexSpec, *, source: Store, stored: _Stored | None, owner: Segment | None
+) -> Segment:
     """Encode all rows, wherever the cluster has room, and put them into the lists in the order of their numbers."""
-    size, index = len(roster.vids), _template(files.store, spec, stored)
+    size, index = len(roster.vids), _template(source, spec, stored)
     parts = pieces(index)
     with tempfile.TemporaryDirectory(dir=files.work) as folder:
         found = _Gathered(roster, Path(folder), code_bytes=spec.code_bytes, finer_bytes=_finer_bytes(index))
-        arguments = ((files.store, spec, stored, piece) for piece in rows.pieces)
+        arguments = ((source, spec, stored, piece) for piece in rows.pieces)
         for coded in rows.spread(_encode, arguments, in_flight=rows.in_flight):
             found.put(coded)
         found.check()
@@ -244,17 +254,7 @@ def _filled(files: Files, roster: Roster, rows: Rows, spec: IndexSpec, *, stored
     if owner is None and stored is not None:
         even = imbalance(np.bincount(found.lists, minlength=spec.nlist or 1).astype(np.int64))
         training = Training(sha256=stored.sha256, rows=size, spread=spread, imbalance=round(even, _SPREAD_DIGITS))
-    segment = Segment(
-        name=files.name,
-        kind="delta" if owner else "base",
-        rows=size,
-        spec=spec,
-        template=owner.name if owner else None,
-        trained=training,
-        spread=spread,
-        objects=(),
-    )
-    return files.finish(segment, index, roster)
+    return files.finish(index, roster, spec=spec, owner=owner, training=training, spread=spread)
 
 
 def mixed(vids: Vids) -> npt.NDArray[np.uint64]:

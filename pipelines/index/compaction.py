@@ -69,17 +69,7 @@ def compact(store: Store, name: str, parts: Sequence[Part], *, owner: Segment | 
         append_codes(found.finer, _gathered(parts, places, [codes_of(part.finer) for part in parts]))
         template.ntotal = len(roster.vids)
     spread = sum(float(part.live.sum()) * part.segment.spread for part in parts) / max(len(roster.vids), 1)
-    segment = Segment(
-        name=name,
-        kind="delta" if owner else "base",
-        rows=len(roster.vids),
-        spec=first.spec,
-        template=owner.name if owner else None,
-        trained=first.trained,
-        spread=round(spread, 6),
-        objects=(),
-    )
-    return files.finish(segment, template, roster)
+    return files.finish(template, roster, spec=first.spec, owner=owner, training=first.trained, spread=spread)
 
 
 def _merged(parts: Sequence[Part]) -> tuple[Roster, list[Numbers]]:

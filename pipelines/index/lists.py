@@ -43,7 +43,7 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pieces:
-    """An index taken apart: the lists (None where every vector is compared) and the finer codes (None without refinement)."""
+    """An index taken apart: what is searched first, lists or one flat store of codes, and the finer codes (None without refinement)."""
 
     base: Any
     finer: Any | None

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipelines.contracts import FAISS_INDEX
 from pipelines.errors import CorruptObject, InputError, ManifestError
 from pipelines.index.compaction import Part
 from pipelines.index.lists import Floats, Numbers, append_codes, centroids_of, codes_of, laid_out, sizes_of, trained
@@ -252,7 +253,7 @@ def _with(kind: str, **values: Any) -> Any:
 
 def search_of(manifest: Manifest) -> Search:
     """Return how the FAISS index of a generation is asked."""
-    use = manifest.indexes.get("faiss")
+    use = manifest.indexes.get(FAISS_INDEX)
     return Search(nprobe=use.search.get("nprobe", 1), refine=use.search.get("refine", 1)) if use else Search()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -182,7 +181,10 @@ def _check_templates(segments: list[Segment]) -> None:
 def _read_table(store: Store, item: ManifestObject, columns: Mapping[str, pa.DataType]) -> pa.Table:
     """Read a verified Parquet object that has exactly these columns and no nulls."""
     try:
-        table = pq.read_table(io.BytesIO(store.read_verified(item)), page_checksum_verification=True)
+        # Not `read_table`: it reads ahead in threads that may let go of Python's bytes as the interpreter ends, and abort it.
+        source = pa.BufferReader(store.read_verified(item))
+        with pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True) as file:
+            table = file.read()
     except (pa.ArrowException, OSError) as error:
         raise CorruptObject(f"{store.uri(item.key)} is not readable as Parquet. Run `catalog-embed rollback`.") from error
     if dict(zip(table.schema.names, table.schema.types, strict=True)) != columns or any(c.null_count for c in table.columns):

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.contracts import IndexUse
+from pipelines.contracts import FAISS_INDEX, IndexUse
 from pipelines.errors import OldFormat, PlanError
 from pipelines.index.build import Piece, Rows, build_base, build_delta, clash, gather
 from pipelines.index.choosing import REFINES, goal_of, predicted_ms
@@ -25,13 +25,12 @@ from pipelines.index.compaction import Part, compact
 from pipelines.index.lists import imbalance
 from pipelines.index.search import SegmentSearcher, search_of
 from pipelines.index.segments import Mask, Roster, Vids, read_roster, read_tombstones, segments_of, write_tombstones
-from pipelines.index.spec import Search, Segment
+from pipelines.index.spec import IndexSpec, Search, Segment
 from pipelines.index.triggers import Change, Decision, Fit, RefreshOptions, candidates, decide, decide_fit
 from pipelines.index.tuning import Ask, Exam, Tuned, recall_of, tune
 from pipelines.manifest import Manifest, ManifestObject
 from pipelines.storage import Store
 
-FAISS_INDEX = "faiss"
 # How many kinds of index a rebuild tries before it leaves the verdict to the gates.
 _MOST_REBUILDS = 3
 # A night that finds more than enough tries so many of the probes.
@@ -237,8 +236,8 @@ def _extended(night: Night, before: _Before, decision: Decision) -> _Extended:
         parts = [before.part(night.store, segment, before.dead.get(segment.name)) for segment in folded]
         if rows.count:  # merged at once, so it never reaches the store
             scratch = Store.open(Path(folder) / "store")
-            reading = _copied(night.store, scratch, owner)
-            parts.append(Part.load(scratch, build_delta(scratch, "tonight", rows, reading, work=night.work / "index"), None))
+            delta = build_delta(night.store, "tonight", rows, owner, work=night.work / "index", into=scratch)
+            parts.append(Part.load(scratch, delta, None))
         name, base = (f"{night.run_id}-merged", None) if decision.action == "compact" else (f"{night.run_id}-delta", owner)
         merged = compact(night.store, name, parts, owner=base, work=night.work / "index")
     kept = [] if decision.action == "compact" else [owner]
@@ -257,7 +256,7 @@ def _rebuilt(night: Night, decision: Decision) -> NextIndex:
         segment = build_base(night.store, name, night.live, spec, work=night.work / "index")
         _check_live(segment.rows, night.live.count)
         searcher = SegmentSearcher([Part.load(night.store, segment, None)], Search())
-        tuned = _tuned(night, searcher) if spec.nlist else None
+        tuned = _tuned(night, searcher, spec) if spec.nlist else None
         if best is None or tuned is None or (best[2] is not None and tuned.recall > best[2].recall):
             best = segment, searcher, tuned
         if tuned is None or tuned.reached:
@@ -268,12 +267,9 @@ def _rebuilt(night: Night, decision: Decision) -> NextIndex:
     return _result(night, _Extended(segments=[segment], dead={}), use, fit_of(searcher, [segment], {}))
 
 
-def _tuned(night: Night, searcher: SegmentSearcher, *, at_most: Search | None = None) -> Tuned:
+def _tuned(night: Night, searcher: SegmentSearcher, spec: IndexSpec) -> Tuned:
     """Find the cheapest search that finds enough of what exact search finds."""
-    assert searcher.spec is not None
-    return tune(
-        _asking(searcher), night.truth.exam, spec=searcher.spec, n=searcher.num_live, target=night.options.recall_at_10, at_most=at_most
-    )
+    return tune(_asking(searcher), night.truth.exam, spec=spec, n=searcher.num_live, target=night.options.recall_at_10)
 
 
 def _probed(night: Night, searcher: SegmentSearcher, before: _Before, decision: Decision) -> IndexUse | None:
@@ -343,14 +339,6 @@ def _carried(night: Night, before: _Before, decision: Decision) -> NextIndex:
     use = before.use or _used(decision, None, options=night.options)
     use = replace(use, action=decision.action, trigger=decision.trigger, reason=decision.reason)
     return _result(night, _Extended(segments=before.segments, dead=before.dead), use, None)
-
-
-def _copied(store: Store, scratch: Store, owner: Segment) -> Segment:
-    """Copy a base's template into another store, so that a delta can be built there."""
-    for item in owner.objects:
-        if item.key.endswith("trained.faiss") and scratch.head(item.key) is None:
-            scratch.put(item.key, store.read_verified(item))
-    return owner
 
 
 def _check_live(num_found: int, num_live: int) -> None:

@@ -61,8 +61,9 @@ def read_part(store: Store, part: ManifestObject, columns: Sequence[str] | None 
 def decode(data: bytes | io.RawIOBase, *, columns: Sequence[str] | None = None, where: str) -> pa.Table:
     """Read what `write_part` or `write_rows` wrote; the schema carries the metadata. A page with a wrong checksum is refused."""
     source = pa.BufferReader(data) if isinstance(data, bytes) else pa.PythonFile(data, mode="r")
-    with _explained(where):
-        return pq.read_table(source, columns=None if columns is None else [*columns], page_checksum_verification=True)
+    # Not `read_table`: it reads ahead in threads that may let go of Python's bytes as the interpreter ends, and abort it.
+    with _explained(where), pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True) as file:
+        return file.read(columns=None if columns is None else [*columns])
 
 
 def metadata_of(data: bytes | io.RawIOBase, *, where: str) -> Mapping[str, str]:

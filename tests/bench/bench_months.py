@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipelines.contracts import FAISS_INDEX
 from pipelines.index.build import Rows
 from pipelines.index.probe import exact_top, recall_at
 from pipelines.index.search import SegmentSearcher
@@ -34,7 +35,7 @@ from pipelines.index.segments import Vids
 from pipelines.index.spec import Search
 from pipelines.index.triggers import RefreshOptions
 from pipelines.index.tuning import Exam, border
-from pipelines.index.update import FAISS_INDEX, Night, next_index
+from pipelines.index.update import Night, next_index
 from pipelines.manifest import Manifest
 from pipelines.schema import ID, VECTOR, VID
 from pipelines.storage import Store
@@ -145,11 +146,11 @@ class Exact:
 
     @cached_property
     def exam(self) -> Exam:
-        return self.held_for(self._questions)
+        return self.exam_for(self._questions)
 
     @cached_property
     def probe(self) -> Exam:
-        return self.held_for(self._questions[: self.samples // 2])
+        return self.exam_for(self._questions[: self.samples // 2])
 
     @cached_property
     def _questions(self) -> Floats:
@@ -157,7 +158,7 @@ class Exact:
         held, context = np.split(self.vectors[order[: 2 * self.samples + 4096]], [2 * self.samples])
         return border(held, context)
 
-    def held_for(self, queries: Floats) -> Exam:
+    def exam_for(self, queries: Floats) -> Exam:
         vids, scores = exact_top(lambda: iter([(self.vids, self.vectors)]), queries, 10)
 
         def score_of(found: Vids) -> Floats:
@@ -235,7 +236,7 @@ def _moved(catalog: Catalog, weights: Floats, *, churn: float, products: int, fi
 
 def _line(sides: dict[str, Side], exact: Exact, queries: Floats, *, number: int, churn: float, action: str) -> Line:
     opened = {name: SegmentSearcher.open(side.store, side.manifest) for name, side in sides.items() if side.manifest}
-    exam = exact.held_for(queries)
+    exam = exact.exam_for(queries)
     # Tuning meets other questions every night; asked as the fresh index is, the nightly one shows what its lists are worth.
     asked = {name: (searcher, searcher.how) for name, searcher in opened.items()} | {"same": (opened["nightly"], opened["fresh"].how)}
     recall = {}

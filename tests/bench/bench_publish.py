@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.contracts import FAISS_INDEX
 from pipelines.hashes import id_hashes, vids
 from pipelines.index.build import Rows
 from pipelines.index.triggers import RefreshOptions
-from pipelines.index.update import FAISS_INDEX, Night, next_index
+from pipelines.index.update import Night, next_index
 from pipelines.manifest import Manifest, ManifestObject
 from pipelines.publish import current, publish, rollback, write_generation
 from pipelines.reader import open_generation

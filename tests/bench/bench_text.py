@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.settings import DEFAULT_TEMPLATE
+from jobs.sections import DEFAULT_TEMPLATE
 from pipelines.hashes import attr_hashes, id_hashes, text_hashes
 from pipelines.normalize import NormalizeOptions, normalize
 from pipelines.sample.catalog import products

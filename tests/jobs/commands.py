@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +63,10 @@ def store_of(config: Path) -> Store:
     return Store.open(config.parent / "index")
 
 
-def two_nights(factory: pytest.TempPathFactory) -> Path:
-    """Return the configuration of a shop whose SECOND generation is live, made once a session: copy it to change it."""
-    return _two_nights(factory.getbasetemp())
-
-
-@cache
-def _two_nights(folder: Path) -> Path:
+def make_two_nights(folder: Path) -> Path:
+    """Make a shop whose SECOND generation is live, and return its configuration."""
     tower = {"dims": DIMS, "max_tokens": MAX_TOKENS}
-    config = make_shop(folder / "two-nights" / "shop", products=PRODUCTS, gates={"quarantine_ratio": 0.02})
+    config = make_shop(folder / "shop", products=PRODUCTS, gates={"quarantine_ratio": 0.02})
     configure(config, tower=tower)
     for night in (0, 1):
         make_shop(config.parent, night=night)

@@ -37,7 +37,6 @@ from tests.jobs.commands import (
     add_odd_products,
     commands,
     store_of,
-    two_nights,
 )
 from tests.shops import closing, configure, make_shop, read_catalog, run, write_catalog
 from tests.towers import tiny_tower
@@ -46,28 +45,16 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.fixture
-def shared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shop for plans alone."""
-    return two_nights(tmp_path_factory)
-
-
-@pytest.fixture
-def look(shared: Path, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Commands on it."""
-    return commands(capfd, shared)
-
-
-@pytest.fixture
-def catalog(shared: Path) -> pa.Table:
+def catalog(two_nights: Path) -> pa.Table:
     """Its live rows, as the index has them."""
-    rows = read_catalog(shared)
+    rows = read_catalog(two_nights)
     return rows.filter(pc.and_(rows["is_active"], pc.not_equal(rows["sku"], TEXTLESS)))
 
 
 @pytest.fixture
-def config(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def config(two_nights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A shop of one's own."""
-    shutil.copytree(shared.parent, tmp_path / "own")
+    shutil.copytree(two_nights.parent, tmp_path / "own")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "own" / "catalog-embed.yaml"
 
@@ -118,27 +105,27 @@ def texts_in(config: Path, rows: pa.Table) -> int:
 # What is chosen.
 
 
-def test_a_filter_chooses_the_published_products_that_pass(shared: Path, look: Command, catalog: pa.Table) -> None:
+def test_a_filter_chooses_the_published_products_that_pass(two_nights: Path, look: Command, catalog: pa.Table) -> None:
     brand = catalog["brand"][0].as_py()
     wanted = catalog.filter(pc.equal(catalog["brand"], brand))
-    assert planned(look, "--where", f"brand = '{brand}'") == again(wanted.num_rows, texts_in(shared, wanted))
+    assert planned(look, "--where", f"brand = '{brand}'") == again(wanted.num_rows, texts_in(two_nights, wanted))
     assert planned(look, "--where", "brand = 'nobody'") == again(0, 0)
     assert "no published product passes the filter" in look("backfill", "--where", "brand = 'nobody'", "--dry-run").err
 
 
-def test_ids_are_given_or_read_from_a_file(shared: Path, look: Command, catalog: pa.Table, tmp_path: Path) -> None:
+def test_ids_are_given_or_read_from_a_file(two_nights: Path, look: Command, catalog: pa.Table, tmp_path: Path) -> None:
     ids = sorted(catalog["sku"].to_pylist())[:7]
     wanted = catalog.filter(pc.is_in(catalog["sku"], pa.array(ids)))
-    assert planned(look, "--ids", ",".join(ids)) == again(7, texts_in(shared, wanted))
+    assert planned(look, "--ids", ",".join(ids)) == again(7, texts_in(two_nights, wanted))
     (tmp_path / "ids").write_text("\n".join([*ids, "", ids[0], "nobody", "../../etc/passwd", "'; drop table"]) + "\n")
-    assert planned(look, "--ids", f"@{tmp_path / 'ids'}") == again(7, texts_in(shared, wanted))
+    assert planned(look, "--ids", f"@{tmp_path / 'ids'}") == again(7, texts_in(two_nights, wanted))
 
 
 @pytest.mark.parametrize(
     ("since", "until"), [("2026-01-06", None), (None, "2025-06-01"), ("2025-03-01", "2025-09-01T12:30"), ("330d", None)]
 )
 def test_dates_choose_the_rows_of_those_dates_to_the_second(
-    shared: Path, look: Command, catalog: pa.Table, since: str | None, until: str | None
+    two_nights: Path, look: Command, catalog: pa.Table, since: str | None, until: str | None
 ) -> None:
     now = closing(1)
     low, high = (_moment(text, now) for text in (since, until))
@@ -150,7 +137,7 @@ def test_dates_choose_the_rows_of_those_dates_to_the_second(
     wanted = catalog.filter(inside)
     assert 0 < wanted.num_rows < LIVE
     words = [*(("--from", since) if since else ()), *(("--to", until) if until else ()), "--now", now.isoformat()]
-    assert planned(look, *words) == again(wanted.num_rows, texts_in(shared, wanted))
+    assert planned(look, *words) == again(wanted.num_rows, texts_in(two_nights, wanted))
 
 
 def _moment(text: str | None, now: datetime) -> datetime | None:
@@ -163,8 +150,8 @@ def _moment(text: str | None, now: datetime) -> datetime | None:
     return datetime.fromisoformat(text).replace(tzinfo=zone)
 
 
-def test_all_is_every_product_and_nothing_is_missing_or_failed(shared: Path, look: Command, catalog: pa.Table) -> None:
-    assert planned(look, "--reason", "all") == again(LIVE, texts_in(shared, catalog))
+def test_all_is_every_product_and_nothing_is_missing_or_failed(two_nights: Path, look: Command, catalog: pa.Table) -> None:
+    assert planned(look, "--reason", "all") == again(LIVE, texts_in(two_nights, catalog))
     assert planned(look, "--reason", "missing") == again(0, 0)
     # The row without a text has failed and still has none.
     assert planned(look, "--reason", "failed") == again(0, 0)
@@ -225,13 +212,13 @@ def test_failed_and_missing_products_are_filled_in(command: Command, config: Pat
 
 
 def test_a_filter_makes_only_its_products_again_and_publish_switches(
-    shared: Path, command: Command, config: Path, catalog: pa.Table
+    two_nights: Path, command: Command, config: Path, catalog: pa.Table
 ) -> None:
     brand = catalog["brand"][0].as_py()
     wanted = catalog.filter(pc.equal(catalog["brand"], brand))
     found = command("backfill", "--where", f"brand = '{brand}'", "--output", "json")
     assert found.code == 0, found.err
-    assert (found.json["outcome"], found.json["actual"]["embedded_texts"]) == ("built", texts_in(shared, wanted))
+    assert (found.json["outcome"], found.json["actual"]["embedded_texts"]) == ("built", texts_in(two_nights, wanted))
     assert found.json["planned"]["reused"] == 0
     assert live(config) == SECOND
     before, after = manifest_of(config, SECOND), manifest_of(config, THIRD)
@@ -280,14 +267,14 @@ def backfill(config: Path, *listeners: Meanwhile, **choice: Any) -> Any:
     return run_night(settings, night).facts
 
 
-def test_all_goes_on_where_it_was_cut_off_and_begins_again_where_it_was_finished(shared: Path, config: Path, catalog: pa.Table) -> None:
+def test_all_goes_on_where_it_was_cut_off_and_begins_again_where_it_was_finished(two_nights: Path, config: Path, catalog: pa.Table) -> None:
     with pytest.raises(KeyboardInterrupt):
         backfill(config, Meanwhile("table", _interrupt), reason="all")
     resumed = backfill(config, reason="all")
     assert (resumed.outcome, resumed.actual["embedded_texts"]) == ("built", 0)
     assert _same_rows(config, SECOND, str(resumed.generation))
     once_more = backfill(config, reason="all")
-    assert (once_more.outcome, once_more.actual["embedded_texts"]) == ("built", texts_in(shared, catalog))
+    assert (once_more.outcome, once_more.actual["embedded_texts"]) == ("built", texts_in(two_nights, catalog))
     assert _same_rows(config, SECOND, str(once_more.generation))
     assert live(config) == SECOND
     window = manifest_of(config, SECOND).window
@@ -295,7 +282,7 @@ def test_all_goes_on_where_it_was_cut_off_and_begins_again_where_it_was_finished
 
 
 def test_another_tower_grows_beside_the_live_index_and_only_publish_switches(
-    shared: Path, command: Command, config: Path, catalog: pa.Table
+    two_nights: Path, command: Command, config: Path, catalog: pa.Table
 ) -> None:
     """A night comes while the new space grows. It is published by the old tower, and the new space then catches up."""
     tiny_tower(config.parent / "other", seed=11)
@@ -313,7 +300,7 @@ def test_another_tower_grows_beside_the_live_index_and_only_publish_switches(
     assert (between.outcome, between.base, between.planned["add"], between.planned["attr"]) == (
         "published", SECOND, truth.count("add"), truth.count("attr"),
     )  # fmt: skip
-    assert (grown.outcome, grown.actual["embedded_texts"]) == ("built", texts_in(shared, catalog))
+    assert (grown.outcome, grown.actual["embedded_texts"]) == ("built", texts_in(two_nights, catalog))
     assert (grown.generation, between.generation) == (THIRD, FOURTH)
     assert before != (config.parent / "catalog" / "part-00000.parquet").read_bytes()
     assert live(config) == FOURTH

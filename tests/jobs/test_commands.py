@@ -29,7 +29,7 @@ from pipelines.publish import current, history, read_manifest
 from pipelines.sample.nights import changes
 from pipelines.sample.spec import SampleSpec
 from pipelines.stores import lance
-from tests.jobs.commands import ESCAPES, FIRST, HOSTILE, LIVE, PRODUCTS, SECOND, TEXTLESS, THIRD, Command, commands, store_of, two_nights
+from tests.jobs.commands import ESCAPES, FIRST, HOSTILE, LIVE, PRODUCTS, SECOND, TEXTLESS, THIRD, Command, commands, store_of
 from tests.shops import closing, configure, make_shop, read_catalog, write_catalog
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -38,23 +38,10 @@ SPEC = SampleSpec(products=PRODUCTS)
 GONE, CHANGED, PRICED, NEW = "CE-00000197", "CE-00000274", "CE-00000022", "CE-00000300"
 
 
-@pytest.fixture(scope="module")
-def published(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shop with two nights behind it, for tests that only look."""
-    return two_nights(tmp_path_factory)
-
-
 @pytest.fixture
-def look(published: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Commands on the shared shop."""
-    monkeypatch.chdir(tmp_path)
-    return commands(capfd, published)
-
-
-@pytest.fixture
-def config(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def config(two_nights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A shop of one's own."""
-    shutil.copytree(published.parent, tmp_path / "own")
+    shutil.copytree(two_nights.parent, tmp_path / "own")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "own" / "catalog-embed.yaml"
 

@@ -11,14 +11,14 @@ from pipelines.errors import CatalogEmbedError
 from pipelines.publish import current, open_manifest
 from pipelines.reader import open_generation
 from pipelines.storage import Store
-from tests.jobs.commands import SECOND, THIRD, Command, commands, two_nights
+from tests.jobs.commands import SECOND, THIRD, Command, commands
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.fixture
-def shop(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shutil.copytree(two_nights(tmp_path_factory).parent, tmp_path / "shop")
+def shop(tmp_path: Path, two_nights: Path) -> Path:
+    shutil.copytree(two_nights.parent, tmp_path / "shop")
     return tmp_path / "shop" / "catalog-embed.yaml"
 
 

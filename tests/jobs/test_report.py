@@ -10,31 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.publish import read_manifest
-from tests.jobs.commands import ESCAPES, FIRST, HOSTILE, LIVE, SECOND, Command, commands, store_of, two_nights
+from tests.jobs.commands import ESCAPES, FIRST, HOSTILE, LIVE, SECOND, Command, commands, store_of
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-@pytest.fixture(scope="module")
-def published(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shop with two nights behind it, for tests that only look."""
-    return two_nights(tmp_path_factory)
-
-
-@pytest.fixture
-def look(published: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Commands on the shared shop."""
-    monkeypatch.chdir(tmp_path)
-    return commands(capfd, published)
-
-
-def test_the_live_generation_is_compared_with_the_one_that_it_grew_from(look: Command, published: Path) -> None:
+def test_the_live_generation_is_compared_with_the_one_that_it_grew_from(look: Command, two_nights: Path) -> None:
     found = look("report")
     assert found.code == 0
     assert found.out.startswith(f"Report  {SECOND}  against {FIRST}  {LIVE} products")
     data = look("report", "--output", "json").json
     assert (data["generation"], data["parent"], data["live"], data["compared"]["generation"]) == (SECOND, FIRST, LIVE, FIRST)
-    manifest = read_manifest(store_of(published), SECOND)
+    manifest = read_manifest(store_of(two_nights), SECOND)
     assert data["faiss"]["use"]["reason"] == manifest.indexes["faiss"].reason
     assert sum(data["bytes"].values()) == sum(item.size for item in manifest.objects)
     assert sum(segment["live"] for segment in data["faiss"]["segments"]) == LIVE == data["lance"]["rows"]
@@ -76,7 +63,7 @@ def test_hostile_products_stay_words_in_text_and_page(look: Command, tmp_path: P
     assert HOSTILE not in labels or "\x1b" in labels[HOSTILE]
 
 
-def test_a_mistake_is_answered_with_what_to_do(look: Command, published: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_answered_with_what_to_do(look: Command, two_nights: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
     for arguments, code, said in (
         (["g000099"], 1, "g000099 has no manifest"),
@@ -92,30 +79,30 @@ def test_a_mistake_is_answered_with_what_to_do(look: Command, published: Path, t
 
 
 def test_after_a_rollback_the_live_one_is_compared_with_what_was_left(
-    published: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    two_nights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(published.parent, tmp_path / "own")
-    command = commands(capfd, tmp_path / "own" / published.name)
+    shutil.copytree(two_nights.parent, tmp_path / "own")
+    command = commands(capfd, tmp_path / "own" / two_nights.name)
     assert command("rollback", "--reason", "bad prices").code == 0
     data = command("report", "--output", "json").json
     assert (data["generation"], data["compared"]["generation"]) == (FIRST, SECOND)
 
 
-def test_before_anything_is_published_it_says_what_to_do(published: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(published.parent, tmp_path / "own", ignore=shutil.ignore_patterns("aliases"))
-    found = commands(capfd, tmp_path / "own" / published.name)("report")
+def test_before_anything_is_published_it_says_what_to_do(two_nights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(two_nights.parent, tmp_path / "own", ignore=shutil.ignore_patterns("aliases"))
+    found = commands(capfd, tmp_path / "own" / two_nights.name)("report")
     assert found.code == 1
     assert "names nothing yet. Run `catalog-embed run` first." in found.err
     shutil.rmtree(tmp_path / "own" / "index")
-    found = commands(capfd, tmp_path / "own" / published.name)("report")
+    found = commands(capfd, tmp_path / "own" / two_nights.name)("report")
     assert found.code == 1
     assert "no store" in found.err
 
 
-def test_a_parent_that_was_collected_is_a_note(published: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(published.parent, tmp_path / "own")
+def test_a_parent_that_was_collected_is_a_note(two_nights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(two_nights.parent, tmp_path / "own")
     (tmp_path / "own" / "index" / "generations" / FIRST / "manifest.json").unlink()
-    data = commands(capfd, tmp_path / "own" / published.name)("report", "--output", "json").json
+    data = commands(capfd, tmp_path / "own" / two_nights.name)("report", "--output", "json").json
     assert data["compared"] is None
     assert data["notes"][0].startswith(f"not compared with {FIRST}: ")
     assert data["parity"] is not None

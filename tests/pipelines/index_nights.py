@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipelines.contracts import IndexUse
+from pipelines.contracts import FAISS_INDEX, IndexUse
 from pipelines.disk import NO_FAULTS, Faults
 from pipelines.hashes import id_hashes, vids
 from pipelines.index.build import Piece, Rows
@@ -20,7 +20,7 @@ from pipelines.index.probe import exact_top
 from pipelines.index.segments import CARD, Vids
 from pipelines.index.triggers import RefreshOptions
 from pipelines.index.tuning import Exam
-from pipelines.index.update import FAISS_INDEX, NextIndex, Night, next_index
+from pipelines.index.update import NextIndex, Night, next_index
 from pipelines.manifest import Manifest
 from pipelines.schema import HASH, ID, ID_HASH, VECTOR, VECTOR_TYPES, VID
 from pipelines.storage import Store
@@ -100,13 +100,13 @@ class Oracle:
 
     @property
     def exam(self) -> Exam:
-        return self.held_for(self.held)
+        return self.exam_for(self.held)
 
     @property
     def probe(self) -> Exam:
         return self.exam
 
-    def held_for(self, queries: Floats) -> Exam:
+    def exam_for(self, queries: Floats) -> Exam:
         names = [*self.live]
         vids_, vectors = numbers(names), np.stack([self.live[name] for name in names]).astype(np.float32)
         vids, scores = exact_top(lambda: iter([(vids_, vectors)]), queries, 10)

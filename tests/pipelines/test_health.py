@@ -216,7 +216,7 @@ def test_what_one_index_has_and_the_table_has_not_is_wrong_and_no_crash(tmp_path
 def test_an_answer_is_judged_as_exact_search_would(lists: tuple[Twins, Subject]) -> None:
     twins, subject = lists
     queries = unit(np.random.default_rng(6), 5)
-    exam = subject.truth.held_for(queries)
+    exam = subject.truth.exam_for(queries)
     names = ranked(twins.shop.live, queries[0])
     answers = np.full((1, 10), -1, np.int64)
     answers[0, :3] = numbers([names[0], names[9], "q00003"])  # the best, the last, and one that was deleted

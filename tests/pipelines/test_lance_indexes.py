@@ -19,6 +19,7 @@ import pytest
 from pipelines.contracts import one_by_one
 from pipelines.errors import AlreadyExists, InputError, StoreError
 from pipelines.hashes import id_hashes
+from pipelines.index.tuning import Exam
 from pipelines.schema import ID, ID_HASH, VECTOR, VID
 from pipelines.stores.lance import (
     TableSearcher,
@@ -41,11 +42,11 @@ from pipelines.stores.lance import (
     rows_digest,
     sizes,
     take,
-    tune,
     vector_health,
     write_fragments,
 )
 from pipelines.stores.lance.digest import DIGESTED
+from pipelines.table_tuning import tune
 from pipelines.workers import spread
 from tests.pipelines.lance_rows import DIMS, Place, bulk, local, remote, spec_of
 
@@ -342,14 +343,6 @@ def test_health_counts_what_is_in_each_partition(disk: Place) -> None:
     assert health.imbalance == pytest.approx(30 * float((expected.astype(float) ** 2).sum()) / 3007**2)
     assert sum(health.sizes) == 30
     assert health.sizes[7] == int(((expected > 64) & (expected <= 128)).sum())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exam:
-    queries: Floats
-    vids: npt.NDArray[np.int64]
-    scores: Floats
-    score_of: Callable[[npt.NDArray[np.int64]], Floats]
 
 
 def exam_of(table: pa.Table, queries: Floats, k: int = 10) -> Exam:

@@ -32,7 +32,7 @@ from pipelines.storage import Store
 from pipelines.stores import lance
 from pipelines.where import col, parse_where
 from tests.conftest import S3Server
-from tests.jobs.commands import DIMS, FIRST, LIVE, MAX_TOKENS, SECOND, two_nights
+from tests.jobs.commands import DIMS, FIRST, LIVE, MAX_TOKENS, SECOND
 from tests.towers import tiny_tower
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -71,9 +71,9 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def shop(two_nights: Path) -> Shop:
     """Shared by tests that only read."""
-    return Shop(two_nights(tmp_path_factory).parent)
+    return Shop(two_nights.parent)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.settings import DEFAULT_TEMPLATE
+from jobs.sections import DEFAULT_TEMPLATE
 from pipelines.contracts import ColumnMap, Window
 from pipelines.normalize import NormalizeOptions
 from pipelines.plan import Limits

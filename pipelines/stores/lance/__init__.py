@@ -7,19 +7,16 @@ from pipelines.stores.lance.indexes import VECTOR_INDEX, IndexState, fold_vector
 from pipelines.stores.lance.neighbours import as_lancedb
 from pipelines.stores.lance.pinning import move_tag, pin, untag
 from pipelines.stores.lance.reading import counts, fragment_groups, read_published, read_rows, sizes, take, vectors_of
-from pipelines.stores.lance.searching import TableSearcher
+from pipelines.stores.lance.searching import TableSearcher, tuned
 from pipelines.stores.lance.sweeping import SweepResult, stray_tags, sweep
 from pipelines.stores.lance.table import TableSpec, apply, build, commit_build, restore, write_fragments
-from pipelines.stores.lance.tuning import NPROBES, Tuning, tune, tuned
 
 __all__ = [
-    "NPROBES",
     "VECTOR_INDEX",
     "IndexState",
     "SweepResult",
     "TableSearcher",
     "TableSpec",
-    "Tuning",
     "VectorHealth",
     "Workers",
     "apply",
@@ -42,7 +39,6 @@ __all__ = [
     "stray_tags",
     "sweep",
     "take",
-    "tune",
     "tuned",
     "untag",
     "vector_health",

@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipelines.contracts import LANCE_INDEX
 from pipelines.errors import InputError
+from pipelines.manifest import Manifest
 from pipelines.schema import ATTR_HASH, ID, ID_HASH, TEXT_HASH, VECTOR, VID
 from pipelines.stores.lance.indexes import VECTOR_INDEX
 from pipelines.stores.lance.opening import explained, open_table
@@ -201,3 +203,9 @@ def _ranked(found: pa.Table, dropped: str, scores: npt.NDArray[np.float64]) -> p
     """Put the score behind id and vid, and order by it, then by id."""
     table = found.drop_columns([dropped]).add_column(2, SCORE, pa.array(scores))
     return table.sort_by([(SCORE, "descending"), (ID, "ascending")])
+
+
+def tuned(manifest: Manifest) -> Mapping[str, int]:
+    """Return what a generation's table is searched with, as `TableSearcher` takes it; nothing where that was not tuned."""
+    use = manifest.indexes.get(LANCE_INDEX)
+    return {name: use.search[name] for name in ("nprobes", "refine") if name in use.search} if use else {}

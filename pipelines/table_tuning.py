@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,17 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.errors import InputError
-from pipelines.manifest import Manifest
+from pipelines.index.probe import recall_at
+from pipelines.index.tuning import Exam
 from pipelines.schema import VID
-
-Floats = npt.NDArray[np.float32]
-Vids = npt.NDArray[np.int64]
 
 # Fewer than 5 partitions gave the same answers as 5: told the least number, Lance 14 looks at some more by itself, and at
 # all of them where the metric is `dot`.
 NPROBES = (5, 10, 20, 40, 80, 160, 320, 640)
 REFINES = (1, 2, 4, 8, 16)
-TIE = 1e-6
 # Medians of the same search differ by this much from one measurement to the next; a later rung must gain more.
 _NOISE = 0.1
 _WARM_UP = 5
@@ -37,30 +34,6 @@ class Nearest(Protocol):
         ...
 
 
-class Exam(Protocol):
-    """Held-out queries with their exact answers, best first: numbers (-1 where there are fewer) and scores."""
-
-    @property
-    def queries(self) -> Floats:
-        """One query a row."""
-        ...
-
-    @property
-    def vids(self) -> Vids:
-        """The exact answers of each query."""
-        ...
-
-    @property
-    def scores(self) -> Floats:
-        """Their scores."""
-        ...
-
-    @property
-    def score_of(self) -> Callable[[Vids], Floats]:
-        """Exact scores of found products, a row per query; it may answer -inf for the number -1."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """The parameters chosen, what they gave on the held-out queries, and whether that is what was asked for."""
@@ -70,12 +43,6 @@ class Tuning:
     recall: float
     p50_ms: float
     reached: bool
-
-
-def tuned(manifest: Manifest) -> Mapping[str, int]:
-    """Return what a generation's table is searched with, as `TableSearcher` takes it; nothing where that was not tuned."""
-    use = manifest.indexes.get("lance")
-    return {name: use.search[name] for name in ("nprobes", "refine") if name in use.search} if use else {}
 
 
 def tune(
@@ -139,16 +106,5 @@ def _measured(nearest: Nearest, exam: Exam, nprobes: int, refine: int, clock: Ca
         answers = nearest(query, k, nprobes=nprobes, refine=refine)
         seconds.append(clock() - begin)
         found[row, : answers.num_rows] = answers.column(VID).to_numpy()
-    return _recall(exam, found), float(np.median(seconds)) * 1e3
-
-
-def _recall(exam: Exam, found: Vids) -> float:
-    """Return the mean share of exact answers that was found; an answer as good as the last of them will do as well."""
-    given = exam.score_of(found)
-    recalls = np.ones(len(found))
-    for row, wanted in enumerate(exam.vids):
-        if size := int((wanted >= 0).sum()):
-            answers, first = np.unique(found[row], return_index=True)
-            right = np.isin(answers, wanted[:size]) | (given[row, first] >= exam.scores[row, size - 1] - TIE)
-            recalls[row] = min(size, int((right & (answers >= 0)).sum())) / size
-    return float(recalls.mean())
+    recalls = recall_at(found, exam.score_of(found), exam.vids, exam.scores, k)
+    return float(recalls.mean()), float(np.median(seconds)) * 1e3
