@@ -12,7 +12,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from encoder.architectures import ARCHITECTURES
 from encoder.errors import EncoderError, TowerError
 from encoder.judge import THREE_LEVELS, Agreement, Guideline, Pair, Verdict, agreement
 from encoder.layout import TOKENIZER, parse_json
@@ -61,9 +62,9 @@ class ClassifierJudge:
         self.directory, self.guideline = directory, guideline
         self.options = options or ClassifierOptions()
         record = _record(directory)
-        self.max_tokens = self.options.max_tokens or int(record.get("max_tokens", 256))
         self.device = choose_device(self.options.device)
         self._model = _model(directory).to(self.device).eval()
+        self.max_tokens = _room(self._model.config, self.options.max_tokens or int(record.get("max_tokens", 256)))
         self._tokenizer = _tokenizer(directory)
         self._order = _order(self._model.config, self.options, guideline, directory)
         files = _files_digest(directory)
@@ -183,6 +184,7 @@ def _written(folder: Path, taught: Sequence[tuple[Pair, int]], own: Path, option
         torch.manual_seed(options.seed)
         model, tokenizer = _model(folder, fresh_head=guideline), _tokenizer(folder)
         model.config.pad_token_id = tokenizer.pad_token_id  # a decoder finds the last token of a text by it
+        options = replace(options, max_tokens=_room(model.config, options.max_tokens))
         losses = _fit(model, tokenizer, [pair for pair, _ in taught], [level for _, level in taught], options)
     with quiet():
         model.cpu().save_pretrained(own, safe_serialization=True)
@@ -288,6 +290,15 @@ def _model(folder: Path, *, fresh_head: Guideline | None = None) -> Any:
     if absent := [name for name in lacking if name not in head]:
         raise TowerError(f"{folder}: the weights lack or misfit {', '.join(absent)[:300]}. A tower is no judge: train one from it.")
     return model
+
+
+def _room(config: Any, wanted: int) -> int:
+    """Return how many tokens of a pair are read: not more than a model has learned positions for."""
+    known = ARCHITECTURES.get(config.model_type)
+    places = getattr(config, "max_position_embeddings", None)
+    if not isinstance(places, int) or known is None or known.positions == "rotary":
+        return wanted
+    return min(wanted, places - known.first_position(config.pad_token_id))
 
 
 def _head(model: Any) -> set[str]:

@@ -46,10 +46,11 @@ _LAYOUTS = "query_id, query, locale, product_id, grade (ours); query_id, query, 
 class Reading:
     """How a file of judgments is understood.
 
-    `labels` maps labels or numbers of the file to names of the scale, before the known ones; `where` keeps the rows with
+    `columns` maps our names to those of the file, such as {"product_id": "sku"}; `labels` maps labels or numbers of the file to names of the scale, before the known ones; `where` keeps the rows with
     these values, such as {"split": "train"}; `conflicts` says which grade holds where one product has several for a query.
     """
 
+    columns: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     where: Mapping[str, str] = field(default_factory=dict)
     conflicts: Conflicts = "refuse"
@@ -69,7 +70,7 @@ def read_judgments(
 
     The texts of the queries come from the queries file if there is one, else from the file itself.
     """
-    table = _read(path)
+    table = _renamed(_read(path), reading.columns, path)
     rows = pa.array(np.arange(1, len(table) + 1))  # as a person counts them, the header aside
     kept = _where(table, reading.where, path)
     if not pc.any(kept, min_count=0).as_py():
@@ -110,6 +111,15 @@ def _read(path: Path) -> pa.Table:
         return pa_csv.read_csv(path, parse_options=pa_csv.ParseOptions(delimiter=delimiter), convert_options=convert)
     except (pa.ArrowException, OSError, UnicodeDecodeError, EOFError) as error:
         raise EncoderError(f"{path} cannot be read: {str(error)[:200]}. Check that it is a whole {kind} file.") from error
+
+
+def _renamed(table: pa.Table, columns: Mapping[str, str], path: Path) -> pa.Table:
+    """Give columns our names; one of the file that already has such a name gives way."""
+    if lacking := [name for name in columns.values() if name not in table.column_names]:
+        raise EncoderError(f"{path} has no column {', '.join(lacking)}; it has {', '.join(table.column_names)}. Correct `columns`.")
+    kept = [name for name in table.column_names if name not in columns or name in columns.values()]
+    ours = {theirs: name for name, theirs in columns.items()}
+    return table.select(kept).rename_columns([ours.get(name, name) for name in kept])
 
 
 def _where(table: pa.Table, where: Mapping[str, str], path: Path) -> pa.ChunkedArray | pa.Array:

@@ -17,6 +17,8 @@ from encoder.errors import TowerError
 from encoder.layout import TOKENIZER, WEIGHTS, Pooling, parse_json, read_layout
 
 CARD = "card.json"
+# Where a trained tower comes from. It decides no vector, and is no file of the card.
+RECORD = "training.json"
 FORMAT_VERSION = 1
 DEFAULT_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 

@@ -31,11 +31,10 @@ from encoder.errors import EncoderError, TowerError
 from encoder.layout import WEIGHTS, WEIGHTS_INDEX
 from encoder.loading import choose_device, load_model
 from encoder.pooling import pool
-from encoder.registry import AS_SAVED, CARD, TowerCard, TowerOptions, read_card
+from encoder.registry import AS_SAVED, CARD, RECORD, TowerCard, TowerOptions, read_card
 from encoder.tokens import Kind, Tokenizer
 
 Precision = Literal["float32", "bfloat16"]
-RECORD = "training.json"
 
 _ENCODE_TEXTS = 64
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from pipelines.layout import counted, millions, printable, took
 from pipelines.telemetry import Event, Listener, Progress
@@ -182,3 +183,21 @@ def _bars(stream: TextIO) -> Iterator[Drawn]:
         # A terminal that was closed under us needs no restoring.
         with suppress(OSError, ValueError):
             bars.stop()
+
+
+def steps_told(
+    *, quiet: bool = False, stream: TextIO | None = None, every_s: float = LINE_EVERY_S
+) -> Callable[[str, Mapping[str, Any]], None] | None:
+    """Return who tells of the steps of a training: a line of its stage, step and loss every few seconds; None where nobody wants it."""
+    if quiet:
+        return None
+    shown, told = sys.stderr if stream is None else stream, [-every_s]
+
+    def tell(stage: str, line: Mapping[str, Any]) -> None:
+        if time.monotonic() - told[0] >= every_s:
+            told[0] = time.monotonic()
+            shown.write(
+                f"{stage}  step {line['step']:,}  loss {line['loss']:.4f}  {line['pairs_per_s']:.0f} queries/s  lr {line['lr']:.1e}\n"
+            )
+
+    return tell

@@ -35,6 +35,14 @@ document:
   template: "{{{{ title }}}} | {{{{ brand }}}} | {{{{ category }}}} | {{{{ attributes | pairs(12) }}}} | {{{{ description | tokens(96) }}}}"
   filters: {{ title: string, brand: string, category: string, size: string, price: float, in_stock: bool, rating: float, weight_g: int }}
 
+# Grades of products for queries: what `train`, `eval`, `mine`, `judge` and `calibrate` read.
+judgments:
+  path: judgments.parquet
+  queries: queries.parquet
+  columns: {{ product_id: sku }}
+  vertical: category
+  licence: made up with the sample catalog
+
 store: {{ root: index }}
 plan: {{ lookback: 6h }}
 gates: {{ max_delete_ratio: 0.05, quarantine_ratio: 0.0005 }}

@@ -208,3 +208,30 @@ class Cluster:
     """The Ray cluster that does the work: `local` starts one for this run."""
 
     address: str = "local"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgments:
+    """Where people's grades of products for queries lie, for `train`, `eval`, `mine`, `judge` and `calibrate`.
+
+    `grades` are the names, lowest first, from `positive` on relevant; `columns` (our name: the file's), `labels` and `where` say how the file is read. `group`
+    and `vertical` name columns of the catalog: the family of a variant, and what results are broken down by.
+    """
+
+    path: str | None = None
+    queries: str | None = None
+    grades: tuple[str, ...] = ("I", "C", "S", "E")
+    positive: str = "S"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    where: Mapping[str, str] = field(default_factory=dict)
+    conflicts: Literal["refuse", "highest", "lowest"] = "refuse"
+    group: str | None = None
+    vertical: str | None = None
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        if self.positive not in self.grades[1:]:
+            raise InputError(
+                f"`positive` is `{self.positive}`, which is not among the grades above the lowest: {', '.join(self.grades[1:])}."
+            )

@@ -18,6 +18,7 @@ from jobs.sections import (
     Embedding,
     Gates,
     Indexes,
+    Judgments,
     Planning,
     Project,
     Publishing,
@@ -51,6 +52,7 @@ SECTIONS: Mapping[str, tuple[type, ...]] = {
     "gates": (Gates, GateLimits),
     "publish": (Publishing,),
     "ray": (Cluster,),
+    "judgments": (Judgments,),
 }
 
 
@@ -73,6 +75,7 @@ class Settings:
     refresh: Refresh
     publish: Publishing
     ray: Cluster
+    judgments: Judgments
     origins: Layer = field(repr=False)
 
     @property
@@ -160,6 +163,7 @@ def load(path: Path, *, target: str | None = None, overrides: Mapping[str, Any] 
     store = build(StorePlace, "store", layer)
     tower = build(TowerPlace, "tower", layer)
     publish = build(Publishing, "publish", layer)
+    judged = build(Judgments, "judgments", layer)
     settings = Settings(
         project=build(Project, "", layer),
         source=replace(source, path=_beside(path, source.path)) if source.path else source,
@@ -176,6 +180,7 @@ def load(path: Path, *, target: str | None = None, overrides: Mapping[str, Any] 
         refresh=build(Refresh, "refresh", layer),
         publish=replace(publish, metrics=_beside(path, publish.metrics)) if publish.metrics else publish,
         ray=build(Cluster, "ray", layer),
+        judgments=replace(judged, **{name: _beside(path, place) for name in ("path", "queries") if (place := getattr(judged, name))}),
         origins=layer,
     )
     if settings.template.uses_attributes and settings.columns.attributes is None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from encoder.registry import CARD, TowerCard, TowerOptions
+from encoder.registry import CARD, RECORD, TowerCard, TowerOptions
 from pipelines.contracts import ObjectRef
 from pipelines.errors import AlreadyExists, CorruptObject, InputError
 from pipelines.manifest import ManifestObject
@@ -35,7 +35,20 @@ def install(store: Store, directory: Path, card: TowerCard) -> tuple[ManifestObj
     said = card.to_json()
     ref = ObjectRef(key=f"{folder}/{CARD}", size=len(said), sha256=hashlib.sha256(said).hexdigest())
     objects.append(_put(store, ref, said))
+    objects += _record(store, folder, directory)
     return tuple(ManifestObject.of(item, role=ROLE) for item in sorted(objects, key=lambda item: item.key))
+
+
+def _record(store: Store, folder: str, directory: Path) -> list[ObjectRef]:
+    """Keep the record of a trained tower's training; one that is there stays: the same weights may be exported twice."""
+    key, path = f"{folder}/{RECORD}", directory / RECORD
+    if store.head(key) is None:
+        if not path.is_file():
+            return []
+        with contextlib.suppress(AlreadyExists):
+            store.put_if_absent(key, path.read_bytes())
+    said = store.get(key)
+    return [ObjectRef(key=key, size=len(said), sha256=hashlib.sha256(said).hexdigest())]
 
 
 def fetch(store: Store, objects: Sequence[ManifestObject], cache: Path | None = None) -> Path:

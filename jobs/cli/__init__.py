@@ -12,10 +12,10 @@ from typing import NoReturn
 
 import click
 
-from jobs.cli import look, release, setup, work
+from jobs.cli import learn, look, release, setup, work
 from jobs.cli.group import cli
 
-__all__ = ["cli", "look", "main", "release", "setup", "work"]
+__all__ = ["cli", "learn", "look", "main", "release", "setup", "work"]
 
 INTERRUPTED = 14
 

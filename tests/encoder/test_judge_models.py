@@ -56,7 +56,7 @@ def test_judge_opens_again_with_its_version_and_its_record(trained: tuple[Path, 
     judge = ClassifierJudge(directory)
     record = json.loads((directory / "judge.json").read_bytes())
     assert judge.version == report.version == record["version"]
-    assert (record["data_digest"], record["max_tokens"], judge.max_tokens) == (report.data_digest, 192, 192)
+    assert (record["data_digest"], record["max_tokens"], judge.max_tokens) == (report.data_digest, 192, 128)  # 128 positions
     assert not list(directory.parent.glob(".judge-*"))
     assert {path.suffix for path in directory.iterdir()} <= {".json", ".safetensors", ".txt"}
 

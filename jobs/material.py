@@ -1,0 +1,113 @@
+"""What training and evaluation read: the catalog's texts by the very template that indexing renders, and judgments beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from encoder.examples import JUDGMENTS, PRODUCTS, Grades
+from encoder.judgments import Reading, read_judgments
+from jobs.nightly import open_source_of
+from jobs.settings import Settings
+from pipelines.contracts import Window
+from pipelines.errors import InputError
+from pipelines.normalize import NormalizeOptions, normalize
+from pipelines.schema import DELETED, ID, LOCALE, UPDATED_AT
+from pipelines.text import render
+
+
+def grades_of(settings: Settings) -> Grades:
+    """Return the scale of the project's judgments."""
+    judged = settings.judgments
+    return Grades(names=judged.grades, positive=judged.grades.index(judged.positive))
+
+
+def products_of(settings: Settings) -> pa.Table:
+    """Read the whole catalog once: a row for each live product, as PRODUCTS has them, the columns of the catalog behind.
+
+    Of rows with one id the newest counts, and of equally old ones the last, as in the index.
+    """
+    window = Window(since=None, until=datetime.now(tz=UTC))
+    options, template = settings.normalizing(window), settings.template
+    columns = {name: getattr(settings.judgments, name) for name in ("group", "vertical")}
+    for role, name in columns.items():
+        if name is not None and name not in options.schema.fields:
+            raise InputError(
+                f"`judgments: {role}` is `{name}`, which is no column of a product. Add it to `document: filters`; "
+                f"there are: {', '.join(options.schema.fields)}."
+            )
+    tables = []
+    for batch in _batches(settings, window, options):
+        texts = render(template, batch)
+        known = {"locale": batch[LOCALE], "product_id": batch[ID], "text": texts}
+        known |= {role: _words(batch, name) for role, name in columns.items()}
+        more = {name: batch[name] for name in batch.column_names if name not in {ID, LOCALE, DELETED, UPDATED_AT, *known}}
+        table = pa.table({name: known[name] for name in PRODUCTS.names} | more | {UPDATED_AT: batch[UPDATED_AT], DELETED: batch[DELETED]})
+        tables.append(table.filter(pc.or_(pc.greater(pc.binary_length(texts), 0), batch[DELETED])))
+    if not tables:
+        raise InputError(f"the catalog at {settings.source.path} has no product. Look with `catalog-embed plan --since beginning`.")
+    return _newest(pa.concat_tables(tables)).combine_chunks()
+
+
+def judgments_of(settings: Settings, products: pa.Table, *, path: Path | None = None, queries: Path | None = None) -> pa.Table:
+    """Read judgments, the configured ones unless others are given; without locales of their own they take the products'."""
+    judged = settings.judgments
+    place = path or (Path(judged.path) if judged.path else None)
+    if place is None:
+        raise InputError("there are no judgments: give --judgments FILE, or set `judgments: { path: ... }` in the configuration.")
+    asked = queries or (Path(judged.queries) if judged.queries and path is None else None)
+    reading = Reading(columns=judged.columns, labels=judged.labels, where=judged.where, conflicts=judged.conflicts)
+    table = read_judgments(place, queries=asked, grades=grades_of(settings), reading=reading)
+    if pc.any(pc.not_equal(table["locale"], "")).as_py():
+        return table
+    return _with_locales(table, products)
+
+
+def read_table(path: Path, what: str) -> pa.Table:
+    """Read a Parquet file that another command wrote."""
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"{path} cannot be read as {what}: {str(error)[:200]}. Give the Parquet file that the command before wrote."
+        ) from error
+
+
+def _batches(settings: Settings, window: Window, options: NormalizeOptions) -> Iterator[pa.Table]:
+    """Yield normalised batches of the whole source."""
+    for shard in open_source_of(settings).read(window):
+        row = 0
+        for batch in shard.open():
+            yield normalize(batch, options, shard=shard.name, first_row=row).products.combine_chunks()
+            row += batch.num_rows
+
+
+def _newest(table: pa.Table) -> pa.Table:
+    """Keep one row of each id, and none of deleted products."""
+    numbered = table.append_column("row", pa.array(range(table.num_rows), pa.int64()))
+    order = pc.sort_indices(numbered, sort_keys=[("product_id", "ascending"), (UPDATED_AT, "ascending", "at_start"), ("row", "ascending")])
+    ordered = numbered.take(order)
+    ids = ordered["product_id"].combine_chunks()
+    last = pa.concat_arrays([pc.not_equal(ids[:-1], ids[1:]), pa.array([True])])
+    kept = ordered.filter(pc.and_(last, pc.invert(ordered[DELETED].combine_chunks()))).sort_by("row")
+    return kept.drop_columns(["row", UPDATED_AT, DELETED])
+
+
+def _words(batch: pa.Table, name: str | None) -> pa.Array:
+    """Return a column as words, empty where there is nothing."""
+    if name is None:
+        return pa.repeat("", batch.num_rows)
+    return pc.fill_null(batch[name].combine_chunks().cast(pa.string()), "")
+
+
+def _with_locales(judgments: pa.Table, products: pa.Table) -> pa.Table:
+    """Give judgments the locales of their products; what no product has keeps none, and is counted as missing later."""
+    at = pc.index_in(judgments["product_id"].combine_chunks(), products["product_id"].combine_chunks())
+    found = pc.fill_null(products["locale"].combine_chunks().take(at), "")
+    # A query is one query in one language: a product of another locale would make it two.
+    return judgments.set_column(judgments.schema.get_field_index("locale"), "locale", found).select(JUDGMENTS.names)
