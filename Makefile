@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint format bench bench-diff bench-encode constraints clean
+.PHONY: help demo train-demo test lint format bench bench-diff bench-encode constraints clean
 help:
 	@echo "make demo         install what the product needs, make a sample shop, index it and its next night, search it"
+	@echo "make train-demo   train a tower on the sample shop's judgments, measure it, embed with it, publish, roll back"
 	@echo "make test         install what the tests need and run them all"
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make bench        the benchmarks of docs/experiments.md"
@@ -35,6 +36,19 @@ demo: $(VENV)/.product
 	$(DEMO) search "waterproof hiking jacket for women" --top 5
 	$(DEMO) search "wasserdichte Jacke" --top 5 --where "price < 80"
 	$(DEMO) status
+
+# A tower of one's own in some minutes: train, measure on queries it never saw, embed the shop with it, publish, and go back.
+TRAIN := $(BIN)/catalog-embed -c train-demo/catalog-embed.yaml
+TOWER := train-demo/towers/roar
+train-demo: $(VENV)/.product
+	$(BIN)/catalog-embed init train-demo --products 600
+	$(TRAIN) run --since beginning --now 2026-01-06T02:00+01:00
+	test -f $(TOWER)/training.json || $(TRAIN) train roar --steps 30 --pool 300 --out $(TOWER)
+	$(TRAIN) eval $(TOWER) --side test --pool 300 --resamples 2000
+	$(TRAIN) backfill --tower $(TOWER) --publish --now 2026-01-06T03:00+01:00
+	$(TRAIN) search "waterproof hiking jacket for women" --top 5
+	$(TRAIN) towers $(TOWER)
+	$(TRAIN) rollback --reason "the demo ends where it began"
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -n 2 --dist loadfile $(TESTS)
@@ -66,4 +80,4 @@ constraints: $(VENV)/.dev
 	(head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//') > constraints.new && mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo train-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

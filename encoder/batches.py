@@ -7,12 +7,16 @@ another machine see the same batches. Axes as in examples.py, and C candidates: 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from encoder.errors import EncoderError
 from encoder.examples import NOT_JUDGED, Batch, Examples, Ints, hashed, ranges, with_negatives
+
+Positives = Literal["best", "relevant"]
 
 _EXCHANGES = 10  # rounds; one is enough where clashes are rare
 
@@ -22,8 +26,9 @@ class Batches:
 
     In a step, over all ranks, no query occurs twice (`same_query`) and no two positives are of one variant group; where a
     query would clash, and no exchange with another step helps, another query takes its place. Queries that fill no whole
-    batch wait for another epoch (`left_over`). Column 0 walks through a query's best documents from epoch to epoch; then
-    each other grade comes once before any comes twice, and half of a grade comes from the mined documents, if there are any.
+    batch wait for another epoch (`left_over`). Column 0 walks through a query's best documents from epoch to epoch, or through
+    all `relevant` ones; then each other grade comes once before any comes twice, and half of a grade comes from the mined
+    documents, if there are any.
     """
 
     def __init__(
@@ -36,6 +41,7 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         negatives: pa.Table | None = None,
+        positives: Positives = "best",
     ) -> None:
         if queries_per_batch < 1 or documents_per_query < 1 or not 0 <= rank < world:
             asked = f"queries_per_batch={queries_per_batch}, documents_per_query={documents_per_query}, rank={rank}, world={world}"
@@ -46,6 +52,9 @@ class Batches:
                 f"{examples.missing.queries}). Ask for fewer queries_per_batch, or judge more queries."
             )
         self.examples = examples if negatives is None else with_negatives(examples, negatives)
+        judged = self.examples.judged
+        relevant_Q = np.add.reduceat(judged.grade_J >= self.examples.grades.positive, judged.offsets_Q[:-1], dtype=np.int64)
+        self._positives_Q: Ints = relevant_Q if positives == "relevant" else judged.positives_Q
         self._rows, self._width, self._rank, self._world = queries_per_batch, documents_per_query, rank, world
         self._seed = int(hashed("seed", [str(seed)])[0])
         self._planned: tuple[int, Ints] = (-1, np.empty(0, np.int64))
@@ -118,9 +127,9 @@ class Batches:
 
     def _first(self, rows_K: Ints, epoch: int) -> Ints:
         """Return where the document of column 0 lies, or -1 for a query without a positive."""
-        best_K = self.examples.judged.positives_Q[rows_K]
-        turn_K = (self.examples.id_key_Q[rows_K] % (1 << 32) + epoch) % np.maximum(best_K, 1)
-        return np.where(best_K > 0, self.examples.judged.offsets_Q[rows_K] + turn_K, -1)
+        count_K = self._positives_Q[rows_K]
+        turn_K = (self.examples.id_key_Q[rows_K] % (1 << 32) + epoch) % np.maximum(count_K, 1)
+        return np.where(count_K > 0, self.examples.judged.offsets_Q[rows_K] + turn_K, -1)
 
     def _batch(self, rows_Q: Ints, epoch: int, step: int) -> Batch:
         """Sample the documents of some queries, and number them."""
@@ -173,7 +182,7 @@ class Batches:
         turn_C = 2 * _ranked(query_C, grade_C, draw_C, mined_C) + (mined_C ^ (class_C % np.uint64(2) == 1))
         round_C = _ranked(query_C, grade_C, np.where(first_C, -1, turn_C))
         best_C = grade_C == np.maximum.reduceat(grade_C, offsets[:-1])[query_C]
-        order = np.lexsort((class_C, ~best_C, round_C, query_C))
+        order = np.lexsort((class_C, ~best_C, round_C, ~first_C, query_C))
         chosen = order[_places(query_C[order]) < self._width]
         return query_C[chosen], at_C[chosen]
 

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from encoder.augment import with_noise
-from encoder.batches import Batches
+from encoder.batches import Batches, Positives
 from encoder.curves import METRICS, write_curves
 from encoder.errors import EncoderError
 from encoder.examples import Examples, Grades, Missing, join
@@ -45,11 +45,12 @@ _LOW, _HIGH = 0.25, 0.75
 class Sampling:
     """What is in a batch: so many queries, and so many documents of each, of which `mined` says whether some are mined ones.
 
-    `noise` adds misspelled copies of so large a share of the queries.
+    The positive of a contrastive loss is one of the best-graded documents, or of all `relevant` ones, another one each epoch. `noise` adds misspelled copies of so large a share of the queries.
     """
 
     queries: int = 64
     documents: int = 1
+    positives: Positives = "best"
     mined: bool = False
     noise: float = 0.0
 
@@ -246,6 +247,7 @@ class _Step:
             rank=world.rank,
             world=world.size,
             negatives=self.mined,
+            positives=sampling.positives,
         )
 
 

@@ -93,8 +93,6 @@ def test_operations_lists_every_gate_as_the_code_has_it() -> None:
 def test_files_that_the_docs_name_exist() -> None:
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for name in re.findall(r"(?<![\w/-])((?:docs|tests|pipelines|jobs|encoder|infra)/[\w./-]+\.(?:py|md))", page.read_text()):
-            if name == "encoder/losses.py":  # named by CONTRIBUTING as a place to be
-                continue
             assert (ROOT / name).exists(), f"{page.name} names {name}"
 
 

@@ -141,6 +141,18 @@ def test_column_0_walks_through_all_best_documents() -> None:
     assert all({grade for _, grade in documents} == {3, 2, 0} for documents in shown)
 
 
+def test_column_0_walks_through_all_relevant_documents_where_substitutes_count_as_positives() -> None:
+    rows = [("q", "shoe", "e", 3), ("q", "shoe", "s1", 2), ("q", "shoe", "s2", 2), ("q", "shoe", "c", 1), ("q", "shoe", "i", 0)]
+    examples = join(judgments(rows), products(["e", "s1", "s2", "c", "i"]))
+    made = batches(examples, queries_per_batch=1, documents_per_query=1, positives="relevant")
+    assert {own(made(epoch), 0)[0] for epoch in range(3)} == {("text of e", 3), ("text of s1", 2), ("text of s2", 2)}
+    wide = batches(examples, queries_per_batch=1, documents_per_query=4, positives="relevant")
+    for epoch in range(3):
+        documents = own(wide(epoch), 0)
+        assert documents[0][1] >= 2
+        assert {grade for _, grade in documents} == {3, 2, 1, 0}, "every grade stays represented"
+
+
 def test_variants_of_one_family_are_never_two_positives_of_a_step() -> None:
     rows = [(f"q{number}", f"query {number}", f"p{number}", 3) for number in range(40)]
     groups = {f"p{number}": f"family {number % 10}" for number in range(40)}
