@@ -7,8 +7,10 @@ newest one holds.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,7 @@ from jobs.inspect import named, reader, require_store
 from jobs.material import grades_of, judgments_of, products_of
 from jobs.settings import Settings
 from pipelines.errors import InputError, NotFound
+from pipelines.layout import printable
 from pipelines.manifest import check_generation
 from pipelines.schema import ID, VECTOR
 from pipelines.storage import Store
@@ -29,13 +32,13 @@ _FOLDER = "calibrations"
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """A calibration of a generation, where it lies, and how many judged products the generation does not hold."""
+    """A calibration of a generation, where it lies, and how many judged products the generation does not hold, where that is known."""
 
     generation: str
     key: str
     calibration: Calibration
     pairs: int
-    missing: int
+    missing: int | None
 
 
 def calibrate_generation(
@@ -84,15 +87,20 @@ def calibration_of(settings: Settings, *, generation: str | None = None) -> Cali
     found = Calibration.from_json(data)
     if found.tower != manifest.tower:
         raise InputError(f"{store.uri(keys[-1])} is of the tower {found.tower[:12]}, and {manifest.generation} of {manifest.tower[:12]}.")
-    return Calibrated(generation=manifest.generation, key=keys[-1], calibration=found, pairs=found.strata[0].pairs, missing=0)
+    return Calibrated(generation=manifest.generation, key=keys[-1], calibration=found, pairs=found.strata[0].pairs, missing=None)
+
+
+def relevant(settings: Settings, rows: Sequence[Mapping[str, Any]], *, generation: str, least: float) -> list[dict[str, Any]]:
+    """Return answers with P(relevant) by the newest calibration of their generation, without those below `least`."""
+    chances, _ = calibration_of(settings, generation=generation).calibration.probabilities([row["score"] for row in rows])
+    found = [{**row, "p_relevant": round(float(chance), 4)} for row, chance in zip(rows, chances, strict=True)]
+    return [row for row in found if row["p_relevant"] >= least]
 
 
 def calibration_text(found: Calibrated) -> str:
     """Return the strata, their errors, and the scores at which probabilities are reached, for a person."""
-    lines = [
-        f"Calibration  {found.generation}  {found.pairs:,} pairs judged, {found.missing:,} of products that it does not hold",
-        f"  kept as      {found.key}",
-    ]
+    lacking = "" if found.missing is None else f", {found.missing:,} of products that it does not hold"
+    lines = [f"Calibration  {found.generation}  {found.pairs:,} pairs judged{lacking}", f"  kept as      {found.key}"]
     lines.append(
         f"  {'stratum':<24} {'pairs':>7} {'queries':>8}  {'rate':>6} {'ece':>6} {'brier':>6}   score for P(relevant) of .5, .8 and .9"
     )
@@ -105,7 +113,7 @@ def calibration_text(found: Calibrated) -> str:
         lines.append(f"  {name:<24} {item.pairs:>7,} {item.queries:>8,}  {fit.rate:6.3f} {fit.ece:6.3f} {fit.brier:6.3f}   {at}")
     if few:
         lines.append(f"  too few pairs for curves of their own, so the overall ones hold: {', '.join(few)}")
-    return "\n".join(lines) + "\n"
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def _keys(store: Store, generation: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,10 @@ from encoder.contenders import BM25, Arena, Contender
 from encoder.examples import keys_of
 from encoder.inference import EncodeOptions, Encoder
 from encoder.lexical import Fusion
-from encoder.registry import RECORD, read_card
 from encoder.scoreboard import Scoreboard, scoreboard, write_per_query
 from encoder.significance import BootstrapOptions
 from encoder.splits import split
-from jobs.material import grades_of, judgments_of, products_of
+from jobs.material import bad_record, grades_of, judgments_of, made_folder, products_of, record_of
 from jobs.nightly import tower_directory, tower_options
 from jobs.settings import Settings
 from pipelines.errors import InputError
@@ -63,7 +62,7 @@ class Measured:
 
     def write(self, folder: Path) -> Mapping[str, str]:
         """Write the board as JSON and as text, and every query of every system as Parquet."""
-        folder.mkdir(parents=True, exist_ok=True)
+        made_folder(folder)
         (folder / "eval.json").write_bytes(self.board.to_json())
         (folder / "eval.txt").write_text(self.board.to_text(), encoding="utf-8")
         write_per_query([item.system for item in self.contenders.values()], folder / "per_query.parquet")
@@ -88,9 +87,8 @@ def measured(settings: Settings, products: pa.Table, judgments: pa.Table, towers
     words = arena.lexical()
     found = {BM25: words}
     for name, directory in towers.items():
-        options = replace(tower_options(settings), template_digest="")
-        encoder = Encoder(directory, tower=options, options=EncodeOptions(device=request.device))
-        found[name] = arena.tower(name, encoder, fingerprint=read_card(directory, tower_options(settings)).fingerprint)
+        encoder = Encoder(directory, tower=tower_options(settings), options=EncodeOptions(device=request.device))
+        found[name] = arena.tower(name, encoder, fingerprint=encoder.fingerprint)
         found[name + FUSED] = arena.fused(name + FUSED, [found[name], words], method=request.fusion)
     board = scoreboard(
         [item.system for item in found.values()],
@@ -102,11 +100,7 @@ def measured(settings: Settings, products: pa.Table, judgments: pa.Table, towers
 
 def split_of(towers: Sequence[Path]) -> Mapping[str, Any]:
     """Return the split that these towers were trained by, from their records: another one would measure on what they have seen."""
-    found: dict[Path, Mapping[str, Any]] = {}
-    for tower in towers:
-        if (tower / RECORD).is_file():
-            told = json.loads((tower / RECORD).read_text(encoding="utf-8")).get("recipe", {})
-            found[tower] = {name: told[name] for name in ("dev", "test", "seed") if name in told}
+    found = {tower: said for tower in towers if (said := split_by(tower)) is not None}
     splits = {json.dumps(said, sort_keys=True) for said in found.values()}
     if not splits:
         raise InputError(
@@ -118,16 +112,28 @@ def split_of(towers: Sequence[Path]) -> Mapping[str, Any]:
     return next(iter(found.values()))
 
 
+def split_by(tower: Path) -> Mapping[str, Any] | None:
+    """Return the shares and the seed by which a tower's queries were split, or None where its record names none."""
+    record = record_of(tower)
+    if record is None or "recipe" not in record:  # a stage in a work folder does not know of the split
+        return None
+    try:
+        told = record["data"]["split"]["by"]
+        return {"dev": float(told["dev"]), "test": float(told["test"]), "seed": int(told["seed"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise bad_record(str(tower), f"{type(error).__name__}: {error}") from error
+
+
 def named(towers: Sequence[Path]) -> list[str]:
     """Return a short name for each tower, of its folder, and of those above where names would be equal."""
     parts = 1
     while True:
         names = ["/".join(tower.resolve().parts[-parts:]).replace(FUSED, "") for tower in towers]
-        if len(set(names)) == len(names) or parts > max(len(tower.resolve().parts) for tower in towers):
+        if len({*names, BM25, ""}) == len(names) + 2 or parts > max(len(tower.resolve().parts) for tower in towers):
             break
         parts += 1
-    if len(set(names)) < len(names):
-        raise InputError(f"the towers are {', '.join(map(str, towers))}. Name each once.")
+    if len({*names, BM25, ""}) < len(names) + 2:
+        raise InputError(f"the towers are {', '.join(map(str, towers))}. Name each once, and none `{BM25}`.")
     return names
 
 

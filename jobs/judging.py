@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from encoder.audit import USUAL, Audit, AuditOptions, disagreements
+from encoder.audit import ENGAGEMENT, USUAL, Audit, AuditOptions, disagreements
 from encoder.examples import keys_of
 from encoder.judge import THREE_LEVELS, Agreement, CachedJudge, Judge, Judging, Pair, agreement, ask
 from encoder.judge_endpoint import EndpointJudge, EndpointOptions
 from encoder.judge_models import ClassifierJudge, ClassifierOptions, TrainedJudge, TrainingOptions, train_cross_encoder
-from jobs.material import grades_of, judgments_of, products_of, read_table
+from jobs.material import grades_of, judgments_of, made_folder, products_of, read_table
 from jobs.nightly import tower_directory
 from jobs.settings import Settings
 from pipelines.errors import InputError
 
 # Where the key of an endpoint comes from, so that it stands in no file and in no list of processes.
 KEY_VARIABLE = "CATALOG_EMBED_JUDGE_KEY"
+_ASKED = ("query_id", "query", "locale", "product_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +53,8 @@ class Bench:
 
 def judge_pairs(settings: Settings, bench: Bench, pairs: Path, *, deepest: int | None = None) -> Judging:
     """Ask about the pairs that `mine` found nobody had judged, those of the first ranks where that is said."""
-    asked = read_table(pairs, "unknown pairs")
-    if deepest is not None and "rank" in asked.column_names:
+    asked = read_table(pairs, "unknown pairs", _ASKED if deepest is None else (*_ASKED, "rank"))
+    if deepest is not None:
         asked = asked.filter(pc.less_equal(asked["rank"], deepest))
     return ask(bench.seat(), asked, products_of(settings), grades=grades_of(settings))
 
@@ -91,8 +90,6 @@ def graded_pairs(
     texts = products.select(["locale", "product_id", "text"])
     joined = graded.join(texts, ["locale", "product_id"], join_type="inner")
     joined = joined.sort_by([(name, "ascending") for name in ("locale", "query_id", "product_id")])
-    if not joined.num_rows:
-        raise InputError(f"none of {graded.num_rows} judged products is in the catalog. Check ids and locales of the judgments.")
     if most is not None and joined.num_rows > most:
         keys = keys_of("agree", joined["locale"], joined["query_id"])
         joined = joined.take(pa.array(np.argsort(keys, kind="stable")[:most]))
@@ -107,20 +104,15 @@ def audit(
     """Set what shoppers do beside what was graded, and return where the two contradict each other."""
     products = products_of(settings)
     graded = judgments_of(settings, products, path=judgments, queries=queries)
-    table = pa_csv.read_csv(engagement) if engagement.suffix == ".csv" else read_table(engagement, "engagement")
+    table = read_table(engagement, "engagement", [name for name in ENGAGEMENT.names if name != "locale"])
     if "locale" not in table.column_names:
-        locales = _locales(graded)
-        ids = [(query, product) for query, product in zip(table["query_id"].to_pylist(), table["product_id"].to_pylist(), strict=True)]
-        table = table.append_column("locale", pa.array([locales.get(pair, "") for pair in ids], pa.string()))
+        # By query: products that nobody judged are what its judged ones are compared with.
+        locales = dict(zip(graded["query_id"].to_pylist(), graded["locale"].to_pylist(), strict=True))
+        table = table.append_column("locale", pa.array([locales.get(query, "") for query in table["query_id"].to_pylist()], pa.string()))
     return disagreements(table, graded, grades=grades_of(settings), options=options)
-
-
-def _locales(graded: pa.Table) -> Mapping[tuple[str, str], str]:
-    columns = (graded[name].to_pylist() for name in ("query_id", "product_id", "locale"))
-    return {(query, product): locale for query, product, locale in zip(*columns, strict=True)}
 
 
 def write_judged(found: Judging, path: Path) -> None:
     """Write verdicts as `mine` and `train` read them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made_folder(path.parent)
     pq.write_table(found.judged, path, compression="zstd")

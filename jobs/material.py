@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from encoder.examples import JUDGMENTS, PRODUCTS, Grades
+from encoder.errors import TowerError
+from encoder.examples import JUDGMENTS, PRODUCTS, Grades, keys_of
 from encoder.judgments import Reading, read_judgments
+from encoder.registry import RECORD
 from jobs.nightly import open_source_of
 from jobs.settings import Settings
 from pipelines.contracts import Window
@@ -63,19 +69,63 @@ def judgments_of(settings: Settings, products: pa.Table, *, path: Path | None = 
     asked = queries or (Path(judged.queries) if judged.queries and path is None else None)
     reading = Reading(columns=judged.columns, labels=judged.labels, where=judged.where, conflicts=judged.conflicts)
     table = read_judgments(place, queries=asked, grades=grades_of(settings), reading=reading)
-    if pc.any(pc.not_equal(table["locale"], "")).as_py():
-        return table
-    return _with_locales(table, products)
-
-
-def read_table(path: Path, what: str) -> pa.Table:
-    """Read a Parquet file that another command wrote."""
-    try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
+    if not pc.any(pc.not_equal(table["locale"], "")).as_py():
+        table = _with_locales(table, products)
+    judged_keys, known_keys = (keys_of("product", side["locale"], side["product_id"]) for side in (table, products))
+    if not np.isin(judged_keys, known_keys).any():
         raise InputError(
-            f"{path} cannot be read as {what}: {str(error)[:200]}. Give the Parquet file that the command before wrote."
-        ) from error
+            f"none of {table.num_rows} judged products of {place} is among the {products.num_rows} of the catalog, "
+            f"{table['product_id'][0].as_py()!r} for one. Check its ids and locales, and `judgments: columns`."
+        )
+    return table
+
+
+def read_table(path: Path, what: str, columns: Sequence[str] = ()) -> pa.Table:
+    """Read a file that another command wrote, or an export, as Parquet or CSV; a column that is wanted and lacking is refused."""
+    if not path.is_file():
+        raise InputError(f"{path} is no file. Give the {what}, as Parquet or .csv.")
+    try:
+        # 007 is an id, in a text file as well.
+        ids = pa_csv.ConvertOptions(column_types=dict.fromkeys(("query_id", "query", "locale", "product_id"), pa.string()))
+        table = pa_csv.read_csv(path, convert_options=ids) if path.suffix == ".csv" else pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} cannot be read as {what}: {str(error)[:200]}. Give a whole Parquet file, or a .csv.") from error
+    if lacking := [name for name in columns if name not in table.column_names]:
+        raise InputError(f"{path} is no file of {what}: it lacks {', '.join(lacking)}, and has {', '.join(table.column_names)}.")
+    return table
+
+
+def record_of(tower: Path) -> Mapping[str, Any] | None:
+    """Return the record of a tower's training, or None where it has none."""
+    path = tower / RECORD
+    return parsed_record(path.read_bytes() if path.is_file() else None, str(tower))
+
+
+def parsed_record(data: bytes | None, place: str) -> Mapping[str, Any] | None:
+    """Return what a record says, which must be a mapping."""
+    if data is None:
+        return None
+    try:
+        tree = json.loads(data)
+    except ValueError as error:
+        raise bad_record(place, str(error)) from error
+    if not isinstance(tree, dict):
+        raise bad_record(place, f"it holds a {type(tree).__name__}")
+    return tree
+
+
+def bad_record(place: str, why: str) -> TowerError:
+    """Return the error of a record that cannot be understood."""
+    return TowerError(f"{place}/{RECORD} is not as `train` writes it ({why[:200]}). It tells where the tower comes from: take a good copy.")
+
+
+def made_folder(path: Path) -> Path:
+    """Make a folder, if it is not there, before anything is computed that shall go into it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}. Choose a folder that you may write to.") from error
+    return path
 
 
 def _batches(settings: Settings, window: Window, options: NormalizeOptions) -> Iterator[pa.Table]:
@@ -106,8 +156,11 @@ def _words(batch: pa.Table, name: str | None) -> pa.Array:
 
 
 def _with_locales(judgments: pa.Table, products: pa.Table) -> pa.Table:
-    """Give judgments the locales of their products; what no product has keeps none, and is counted as missing later."""
+    """Give judgments the locales of their products; what no product has is given that of its query, and is counted as missing later."""
     at = pc.index_in(judgments["product_id"].combine_chunks(), products["product_id"].combine_chunks())
-    found = pc.fill_null(products["locale"].combine_chunks().take(at), "")
-    # A query is one query in one language: a product of another locale would make it two.
-    return judgments.set_column(judgments.schema.get_field_index("locale"), "locale", found).select(JUDGMENTS.names)
+    found = products["locale"].combine_chunks().take(at)
+    # Not "": a query is one query in one language, and a judgment of another locale would make it two.
+    own = {query: locale for query, locale in zip(judgments["query_id"].to_pylist(), found.to_pylist(), strict=True) if locale is not None}
+    rest = pa.array([own.get(query, "") for query in judgments["query_id"].to_pylist()], pa.string())
+    locale = pc.coalesce(found, rest)
+    return judgments.set_column(judgments.schema.get_field_index("locale"), "locale", locale).select(JUDGMENTS.names)

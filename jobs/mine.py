@@ -12,17 +12,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from encoder.errors import TowerError
 from encoder.examples import JUDGMENTS, NEGATIVES, Grades
 from encoder.mining import CANDIDATES, USUAL, Mined, MiningOptions, check_fingerprint, classify, unknown, with_mined
 from encoder.ranking import Catalog, rank
 from jobs.inspect import reader
-from jobs.material import grades_of, judgments_of, products_of, read_table
+from jobs.material import grades_of, judgments_of, made_folder, products_of, read_table
 from jobs.nightly import fingerprint_of
 from jobs.settings import Settings
+from pipelines.errors import InputError
 from pipelines.reader import Engine, Opened
 from pipelines.schema import ID, LOCALE
 from pipelines.where import col
 
+# What a file of verdicts must have.
+VERDICTS = ("query_id", "query", "locale", "product_id", "grade", "judge")
 CANDIDATES_FILE, MINED_FILE, UNKNOWN_FILE = "candidates.parquet", "mined.parquet", "unknown.parquet"
 _QUERIES_AT_ONCE = 256
 
@@ -52,7 +56,7 @@ class Haul:
 
     def write(self, folder: Path) -> Mapping[str, str]:
         """Write the three tables as Parquet, and return their paths by name."""
-        folder.mkdir(parents=True, exist_ok=True)
+        made_folder(folder)
         files = {CANDIDATES_FILE: self.candidates, MINED_FILE: self.mined.rows, UNKNOWN_FILE: self.unknown}
         for name, table in files.items():
             pq.write_table(table, folder / name, compression="zstd")
@@ -62,13 +66,19 @@ class Haul:
 def mine(settings: Settings, request: MineRequest, *, tell: Callable[[int, int], None] | None = None) -> Haul:
     """Search the published generation for every judged query, and sort its answers by what is known of them."""
     wanted = fingerprint_of(settings, request.tower)
+    judged = read_table(request.judged, "judged pairs", VERDICTS) if request.judged else None
     with reader(settings, generation=request.generation) as followed:
         opened = followed.opened
         # Before anything is read: another tower's ranks and scores say nothing of this one's mistakes.
-        check_fingerprint(pa.table({"tower": [opened.manifest.tower]}), wanted)
+        try:
+            check_fingerprint(pa.table({"tower": [opened.manifest.tower]}), wanted)
+        except TowerError as error:
+            raise InputError(
+                f"{opened.manifest.generation} was made by the tower {opened.manifest.tower[:12]}, and this one is {wanted[:12]}: it makes "
+                "other mistakes. Publish it first with `catalog-embed backfill --tower`, or mine with the tower of the index."
+            ) from error
         judgments = judgments_of(settings, products_of(settings), path=request.judgments, queries=request.queries)
         candidates = _candidates(opened, judgments, request, tell)
-    judged = read_table(request.judged, "judged") if request.judged else None
     grades = grades_of(settings)
     found = classify(candidates, judgments, grades=grades, judged=judged, options=request.options)
     return Haul(generation=opened.manifest.generation, candidates=candidates, mined=found, unknown=unknown(candidates, judgments))

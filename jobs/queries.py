@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from encoder.examples import JUDGMENTS, keys_of
 from encoder.synthetic import QueryWriter, Seq2SeqWriter, TemplateWriter
-from jobs.material import grades_of, products_of
+from jobs.material import grades_of, made_folder, products_of
 from jobs.settings import Settings
 from pipelines.errors import InputError
 
@@ -41,6 +41,8 @@ class QueryRequest:
 def written(settings: Settings, request: QueryRequest, out: Path) -> dict[str, int | str]:
     """Write queries and derived grades as judgments; return how many there are, and that the grades are derived."""
     products = _texts(products_of(settings))
+    if request.category not in products.column_names:
+        raise InputError(f"the products have no column `{request.category}` for --category; they have {', '.join(products.column_names)}.")
     chosen = products
     if request.most is not None and request.most < products.num_rows:
         keys = keys_of(f"write {request.seed}"[:16], products["locale"], products["product_id"])
@@ -48,7 +50,7 @@ def written(settings: Settings, request: QueryRequest, out: Path) -> dict[str, i
     found = _writer(settings, request, products).write(chosen)
     if not found.num_rows:
         raise InputError("no query was written: the products lack the columns of the templates, or the model answered nothing of use.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    made_folder(out.parent)
     pq.write_table(found.select(JUDGMENTS.names), out, compression="zstd")
     queries = found.group_by(["locale", "query_id"]).aggregate([]).num_rows
     return {"queries": queries, "judgments": found.num_rows, "out": str(out), "grades": "derived"}

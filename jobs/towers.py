@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from encoder.errors import TowerError
 from encoder.registry import CARD, RECORD, TowerCard, read_card
 from jobs.inspect import generations
+from jobs.material import bad_record, parsed_record, record_of
 from jobs.nightly import open_store, tower_options
 from jobs.settings import Settings
 from pipelines.layout import printable
@@ -51,7 +50,7 @@ def towers_known(settings: Settings, directories: Sequence[Path] = ()) -> list[K
             max_tokens=card.max_tokens,
             generations=tuple(made.get(card.fingerprint, ())),
             live=card.fingerprint in live,
-            trained=_summary(record),
+            trained=_summary(record, place),
         )
         for card, place, record in found
     ]
@@ -85,31 +84,24 @@ def _of_store(store: Store) -> Iterator[tuple[TowerCard, str, Mapping[str, Any] 
         folder, _, name = info.key.rpartition("/")
         if name == CARD and folder.count("/") == 1:
             record = store.get(f"{folder}/{RECORD}") if store.head(f"{folder}/{RECORD}") else None
-            yield TowerCard.from_json(store.get(info.key)), store.uri(folder), _read(record, store.uri(folder))
+            yield TowerCard.from_json(store.get(info.key)), store.uri(folder), parsed_record(record, store.uri(folder))
 
 
 def _of_folder(settings: Settings, directory: Path) -> tuple[TowerCard, str, Mapping[str, Any] | None]:
-    path = directory / RECORD
-    record = _read(path.read_bytes() if path.is_file() else None, str(directory))
-    return read_card(directory, tower_options(settings)), str(directory), record
+    return read_card(directory, tower_options(settings)), str(directory), record_of(directory)
 
 
-def _read(data: bytes | None, place: str) -> Mapping[str, Any] | None:
-    if data is None:
+def _summary(record: Mapping[str, Any] | None, place: str) -> Mapping[str, Any] | None:
+    """Return what a line or two can say of a record."""
+    if not record or "recipe" not in record:  # of a stage in a work folder, or of a tower made elsewhere
         return None
     try:
-        tree = json.loads(data)
-    except ValueError as error:
-        raise TowerError(
-            f"{place}/{RECORD} is not readable as JSON ({error}). It tells where the tower comes from: take a good copy."
-        ) from error
-    return tree if isinstance(tree, dict) else None
+        return _told(record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise bad_record(place, f"{type(error).__name__}: {error}") from error
 
 
-def _summary(record: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Return what a line or two can say of a record."""
-    if not record or "recipe" not in record:
-        return None
+def _told(record: Mapping[str, Any]) -> Mapping[str, Any]:
     chosen = record["chosen"]["stage"]
     return {
         "recipe": record["recipe"]["name"],

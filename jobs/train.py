@@ -23,8 +23,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from encoder.contenders import BM25
 from encoder.curves import METRICS
-from encoder.examples import Grades
+from encoder.examples import NEGATIVES, Grades
 from encoder.gathering import World, alone
 from encoder.inference import EncodeOptions, Encoder
 from encoder.recipes import Done, Material, Mine, Recipe, Stage, Tell, follow, table_digest
@@ -33,10 +34,10 @@ from encoder.relevance import judgments_digest
 from encoder.scoreboard import Cell
 from encoder.splits import split
 from jobs.cluster import connected
-from jobs.evaluate import EvalRequest, Measured, measured
+from jobs.evaluate import EvalRequest, Measured, measured, split_by
 from jobs.fleet import on_workers
-from jobs.material import grades_of, judgments_of, products_of, read_table
-from jobs.mine import mixed, negatives_of, searched
+from jobs.material import grades_of, judgments_of, made_folder, products_of, read_table
+from jobs.mine import VERDICTS, mixed, negatives_of, searched
 from jobs.nightly import tower_directory, tower_options
 from jobs.recipes import load_recipe
 from jobs.settings import Settings
@@ -92,14 +93,13 @@ class Trained:
 def train_tower(settings: Settings, lesson: Lesson, *, others: Sequence[Settings] = (), tell: Tell | None = None) -> Trained:
     """Train a tower by a recipe, and export it to `lesson.target`."""
     grades = grades_of(settings)
-    recipe = _recipe(lesson, grades)
+    recipe = _recipe(settings, lesson, grades)
     _check_target(lesson.target)
     base = tower_directory(settings, lesson.base)
     read_card(base)
-    work = (lesson.work or lesson.target.with_name(f"{lesson.target.name}.work")).resolve()
-    material, test, facts = gather(settings, lesson, recipe, others=others)
-    mined = read_table(lesson.mined, "mined documents") if lesson.mined else None
-    judged = read_table(lesson.judged, "judged pairs") if lesson.judged else None
+    work = made_folder((lesson.work or lesson.target.with_name(f"{lesson.target.name}.work")).resolve())
+    mined, judged = _brought(lesson, recipe, among_others=bool(others))
+    material, test, facts = gather(settings, lesson, by=_split(base, recipe), others=others)
     school = School(recipe=recipe, material=material, base=base, work=work, device=lesson.device, mined=mined, judged=judged, grades=grades)
     if lesson.workers > 1:
         with connected(settings.ray.address):
@@ -183,21 +183,21 @@ class School:
 
 
 def gather(
-    settings: Settings, lesson: Lesson, recipe: Recipe, *, others: Sequence[Settings] = ()
+    settings: Settings, lesson: Lesson, *, by: Mapping[str, Any], others: Sequence[Settings] = ()
 ) -> tuple[Material, pa.Table, Mapping[str, Any]]:
     """Read all projects, and return what is learned from, what measures at the end, and what the record says of the data."""
     products, judgments, facts = [], [], []
     for place, project in enumerate([settings, *others]):
+        _check_scale(project, settings)
         own = products_of(project)
         first = {"path": lesson.judgments, "queries": lesson.queries} if not place else {}
         graded = judgments_of(project, own, **first)
-        _check_scale(project, settings)
         facts.append(_facts(project, own, graded))
         mark = f"{place}/" if others else ""
         products.append(_marked(own.select(["locale", "product_id", "text", "group", "vertical"]), mark, "product_id", "group"))
         judgments.append(_marked(graded, mark, "product_id", "query_id"))
     table, graded = pa.concat_tables(products).combine_chunks(), pa.concat_tables(judgments).combine_chunks()
-    parts = split(graded, dev=recipe.dev, test=recipe.test, seed=recipe.seed)
+    parts = split(graded, **by)
     material = Material(
         products=table,
         train=parts.train,
@@ -208,7 +208,7 @@ def gather(
         name: {"judgments": side.num_rows, "queries": side.group_by(["locale", "query_id"]).aggregate([]).num_rows}
         for name, side in (("train", parts.train), ("dev", parts.dev), ("test", parts.test))
     }
-    return material, parts.test, {"projects": facts, "split": {**sides, "seed": recipe.seed}, "digest": material.digest}
+    return material, parts.test, {"projects": facts, "split": {**sides, "by": dict(by)}, "digest": material.digest}
 
 
 def trained_text(found: Trained) -> str:
@@ -238,14 +238,37 @@ def _cell(cell: Cell) -> str:
     return f"{mean:.3f} {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
 
 
-def _recipe(lesson: Lesson, grades: Grades) -> Recipe:
+def _recipe(settings: Settings, lesson: Lesson, grades: Grades) -> Recipe:
     recipe = load_recipe(lesson.recipe, grades=grades, stages=lesson.stages)
+    if recipe.max_tokens is None:  # as long as the texts that will be embedded
+        recipe = replace(recipe, max_tokens=settings.tower.max_tokens)
     if lesson.seed is not None:
         recipe = replace(recipe, seed=lesson.seed)
     if lesson.steps is not None:
         stages = tuple(replace(stage, train=replace(stage.train, steps=lesson.steps)) for stage in recipe.stages)
         recipe = replace(recipe, stages=stages)
+    if taken := [stage.name for stage in recipe.stages if stage.name in {BASE, BM25}]:
+        raise InputError(f"a stage is called {taken[0]}, as what it is measured beside. Give it another name.")
     return recipe
+
+
+def _split(base: Path, recipe: Recipe) -> Mapping[str, Any]:
+    """Return how queries are split: as for the base, if it was trained here, which has seen what another split would test with."""
+    return split_by(base) or {"dev": recipe.dev, "test": recipe.test, "seed": recipe.seed}
+
+
+def _brought(lesson: Lesson, recipe: Recipe, *, among_others: bool) -> tuple[pa.Table | None, pa.Table | None]:
+    """Read what earlier commands mined and judged, before hours are spent; what no stage would use is refused."""
+    given = [name for name in ("mined", "judged") if getattr(lesson, name)]
+    if given and not any(stage.batch.mined for stage in recipe.stages):
+        raise InputError(f"--{given[0]} is for stages with `mined: true`, and none of {', '.join(s.name for s in recipe.stages)} has it.")
+    if len(given) > 1:
+        raise InputError("--judged is for a training that mines by itself. Give it to `catalog-embed mine`, whose result --mined is.")
+    mined = read_table(lesson.mined, "mined documents", [*NEGATIVES.names, "kind"]) if lesson.mined else None
+    judged = read_table(lesson.judged, "judged pairs", VERDICTS) if lesson.judged else None
+    mark = "0/" if among_others else ""
+    mined, judged = (None if table is None else _marked(table, mark, "product_id", "query_id") for table in (mined, judged))
+    return mined, judged
 
 
 def _facts(project: Settings, products: pa.Table, judgments: pa.Table) -> dict[str, Any]:
@@ -302,6 +325,7 @@ def _board(found: Measured | None) -> Any:
 
 
 def _check_target(target: Path) -> None:
+    made_folder(target.parent)
     if target.exists() and any(target.iterdir()):
         raise InputError(f"{target} is there already, and a tower never changes. Give a new folder, or remove this one.")
 

@@ -93,7 +93,10 @@ def evaluate(obj: dict[str, Any], /, towers: tuple[Path, ...], out: Path | None,
     """
     from jobs.evaluate import EvalRequest
     from jobs.evaluate import evaluate as measured
+    from jobs.material import made_folder
 
+    if out is not None:
+        made_folder(out)
     found = measured(settings_of(obj), EvalRequest(towers=towers, **how))
     written = found.write(out) if out is not None else {}
     head = f"{found.products:,} products searched, {found.arena.judgments.num_rows:,} judged pairs, {found.arena.missing:,} without their product\n"
@@ -123,9 +126,11 @@ def mine(obj: dict[str, Any], /, out: Path, output: str, **how: Any) -> None:
     Hard negatives stand among the first though they are irrelevant, hard positives far down though they are exact, and
     inversions are relevant products above exact ones. Pairs that nobody judged go to `judge`.
     """
+    from jobs.material import made_folder
     from jobs.mine import MineRequest
     from jobs.mine import mine as mined
 
+    made_folder(out)
     found = mined(settings_of(obj), MineRequest(**how))
     written = found.write(out)
     counts = {**found.mined.counts, "unknown": found.unknown.num_rows, "candidates": found.candidates.num_rows}
@@ -180,6 +185,7 @@ def judge(
 ) -> None:
     """Let a judge grade PAIRS that `mine` left unknown, or show how it agrees with people."""
     from jobs.judging import Bench, agree, judge_pairs, write_judged
+    from jobs.material import made_folder
 
     if agreement is (pairs is not None) or (pairs is not None and out is None):
         raise click.UsageError("give PAIRS with --out FILE, or --agreement.")
@@ -190,6 +196,7 @@ def judge(
         return
     assert pairs is not None
     assert out is not None
+    made_folder(out.parent)
     found = judge_pairs(settings, bench, pairs, deepest=deepest)
     write_judged(found, out)
     counts = {"judged": found.judged.num_rows, "without_text": found.without_text}
@@ -216,7 +223,9 @@ def train_judge(
     """Train a cross-encoder to grade as people did, on three levels; a tenth of the queries is held out to measure it."""
     from encoder.judge_models import TrainingOptions
     from jobs.judging import train_judge as trained
+    from jobs.material import made_folder
 
+    made_folder(out.parent)
     found = trained(settings_of(obj), out, base=base, judgments=judgments, queries=queries, options=TrainingOptions(**how))
     text = f"judge {found.version} in {out}: {found.steps} steps on {found.trained_pairs:,} pairs, loss {found.first_loss:.3f} to {found.last_loss:.3f}\n"
     said = found.agreement
@@ -237,9 +246,11 @@ def audit(
     """Set ENGAGEMENT (query_id, product_id, impressions, clicks, purchases) beside grades, and export where they disagree."""
     from encoder.audit import AuditOptions, write_csv, write_jsonl
     from jobs.judging import audit as audited
+    from jobs.material import made_folder
 
     if out.suffix not in {".csv", ".jsonl"}:
         raise click.UsageError(f"--out {out}: give a .csv or a .jsonl file.")
+    made_folder(out.parent)
     found = audited(settings_of(obj), engagement, judgments=judgments, queries=queries, options=AuditOptions(most=most))
     (write_csv if out.suffix == ".csv" else write_jsonl)(found.rows, out)
     lines = [f"  {name.replace('_', ' '):<28} {count:>10,}\n" for name, count in found.counts.items()]

@@ -138,6 +138,12 @@ def diff(obj: dict[str, Any], before: str, after: str, sample: int, output: str)
 @click.option("--group-by", default=None, metavar="COLUMN", help="Show few products of each group, such as the variants of one article.")
 @click.option("--per-group", type=click.IntRange(min=1), default=1, show_default=True, help="How many of each group.")
 @click.option("--columns", default="", metavar="NAMES", help="Columns to show, with commas between. Default: all that the index keeps.")
+@click.option(
+    "--min-relevance",
+    type=click.FloatRange(0, 1),
+    default=None,
+    help="Show P(relevant) of each answer, and leave out those below this. Takes a calibration: see `calibrate`.",
+)
 @click.option("--generation", default=None, type=GENERATION, help="Search this generation instead of the live one.")
 @output_option("text", "json", "jsonl")
 @click.pass_obj
@@ -151,6 +157,7 @@ def search(
     group_by: str | None,
     per_group: int,
     columns: str,
+    min_relevance: float | None,
     generation: str | None,
     output: str,
     *,
@@ -160,11 +167,16 @@ def search(
     from jobs.inspect import reader
     from pipelines.layout import counted, printable
 
-    with reader(settings_of(obj), generation=generation) as opened:
+    settings = settings_of(obj)
+    with reader(settings, generation=generation) as opened:
         chosen = [name.strip() for name in columns.split(",") if name.strip()] or list(opened.opened.table.kept)
         how = {"engine": engine, "exact": exact, "group_by": group_by, "per_group": per_group}
         rows = opened.search(query, top, where=where, nulls=nulls, columns=chosen, **how).to_pylist()
         name = opened.generation
+    if min_relevance is not None:
+        from jobs.calibrate import relevant
+
+        rows, chosen = relevant(settings, rows, generation=name, least=min_relevance), ["p_relevant", *chosen]
     lines = [f"{name}  {counted(len(rows), 'product')}\n"]
     for row in rows:
         shown = "  ".join(f"{column}={row[column]}" for column in chosen if row[column] is not None)

@@ -35,7 +35,7 @@ _PER_GRADE = {"S": 3, "C": 2, "I": 2}
 
 
 def recipe(name: str, *stages: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "dtype": "bfloat16", "seed": SEED, "dev": 0.05, "test": 0.05, "stages": list(stages)}
+    return {"name": name, "dtype": "bfloat16", "seed": SEED, "dev": 0.02, "test": 0.02, "stages": list(stages)}
 
 
 def stage(name: str, objective: dict[str, Any], batch: dict[str, Any], *, steps: int, lr: float) -> dict[str, Any]:

@@ -58,7 +58,9 @@ def material_of(*, seed: int = 0, dev: int = 6, digest: str = "data") -> Materia
             judged.append(dict(zip(JUDGMENTS.names, (f"q{number:02d}", " ".join(words), "us", name, grade), strict=True)))
     table = pa.Table.from_pylist(judged, schema=JUDGMENTS)
     cut = dev * PRODUCTS_EACH
-    return Material(products=pa.Table.from_pylist(products, schema=PRODUCTS), train=table.slice(cut), dev=table.slice(0, cut), digest=digest)
+    return Material(
+        products=pa.Table.from_pylist(products, schema=PRODUCTS), train=table.slice(cut), dev=table.slice(0, cut), digest=digest
+    )
 
 
 def mined_of(material: Material) -> pa.Table:
@@ -80,9 +82,9 @@ def left(done: list[Done]) -> list[tuple[bytes, Mapping[str, Any]]]:
     return [(weights(item.tower), item.record) for item in done]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Any:
-    # Tiny matrices gain nothing from more, and lose much where other tests run beside.
+    # Bytes are compared, and another number of threads adds in another order.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -118,12 +120,12 @@ def attempt(base: Path, work: Path, *, number: int) -> None:
         tick()  # before what is made becomes what is there: a checkpoint, or the tower of a stage
         return rename(path, target)
 
-    Path.rename = fatal_rename  # type: ignore[method-assign]
+    Path.rename = fatal_rename  # type: ignore[method-assign,assignment]
     went(RECIPE, base, work, tell=tick)
 
 
-# Each attempt gets a little further than the one before: into the first stage, to its tower, between the stages, into the second.
-DEATHS = (1, 4, 4, 5, 3, 4, 4, 3, 3, 1, 2, 0)
+# At the first step, past a checkpoint, before the tower is there (twice), in the second stage, past its checkpoint, before its tower.
+DEATHS = (1, 4, 4, 1, 5, 3, 1, 0)
 
 
 def die_and_resume(base: Path, folder: Path) -> None:
@@ -137,7 +139,7 @@ def die_and_resume(base: Path, folder: Path) -> None:
             attempt(base, folder / "work", number=number)
             os._exit(0)
         ends.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
-        states.append([(folder / "work" / name / "tower").exists() for name in ("pairs", "odds")])
+        states.append([any((folder / "work" / name).glob("*/tower")) for name in ("pairs", "odds")])
     (folder / "ends.json").write_text(json.dumps({"ends": ends, "states": states}))
 
 
@@ -146,10 +148,8 @@ def test_a_recipe_that_is_killed_in_and_between_its_stages_ends_in_the_same_byte
     done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "ends.json").read_text())
-    assert told["ends"][-1] == 0, told
-    killed = [state for state, end in zip(told["states"], told["ends"], strict=True) if end == -signal.SIGKILL]
-    assert [False, False] in killed, "no attempt died in the first stage"
-    assert [True, False] in killed, "no attempt died between the stages, or in the second"
+    assert told["ends"] == [*[-signal.SIGKILL] * (len(DEATHS) - 1), 0]
+    assert told["states"] == [*[[False, False]] * 4, *[[True, False]] * 3, [True, True]], "deaths fell into other parts than meant"
     assert left(went(RECIPE, base, tmp_path / "work")) == left(whole)
 
 
@@ -245,7 +245,11 @@ def test_targets_are_quartiles_and_medians_of_the_grades_where_these_rise(base: 
     trainable, material = Trainable.open(base, device="cpu"), material_of(dev=20)
     scores, grades = scored_pairs(trainable.encode, material.dev, material.products, grades=Grades())
     found = measured_targets(trainable, material, Grades())
-    expected = [np.quantile(scores[grades == 0], 0.25), *(np.median(scores[grades == g]) for g in (1, 2)), np.quantile(scores[grades == 3], 0.75)]
+    expected = [
+        np.quantile(scores[grades == 0], 0.25),
+        *(np.median(scores[grades == g]) for g in (1, 2)),
+        np.quantile(scores[grades == 3], 0.75),
+    ]
     np.testing.assert_allclose(found, expected, atol=1e-4)
     texts = dict(zip(material.products["product_id"].to_pylist(), material.products["text"].to_pylist(), strict=True))
     rows = sorted(material.dev.to_pylist(), key=lambda row: (row["grade"], row["query_id"]))
