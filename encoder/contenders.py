@@ -72,6 +72,7 @@ class Arena:
             raise EncoderError(
                 f"None of {len(judgments)} judged products is among {len(products)}. Check ids and locales of the judgments."
             )
+        _check_one_locale(kept)
         ids = kept["query_id"].combine_chunks().dictionary_encode()
         query_N = ids.indices.to_numpy().astype(np.int64)
         first_Q = np.full(len(ids.dictionary), -1)
@@ -140,6 +141,15 @@ class Arena:
             parted = _undefined(parted, found.metrics)
         parted = with_vertical(parted, self.judgments, self.products)
         return Contender(system=System(name=name, evaluation=parted, fingerprint=fingerprint), run=run, scores_N=scores_N)
+
+
+def _check_one_locale(judgments: pa.Table) -> None:
+    """Refuse a query with products of two locales: it is searched in one, where a place means another product."""
+    counts = judgments.group_by("query_id").aggregate([("locale", "count_distinct")])
+    if several := counts.filter(pc.greater(counts["locale_count_distinct"], 1))["query_id"].to_pylist():
+        raise EncoderError(
+            f"{len(several)} query ids have products of two locales, {several[0]!r} for one. Give each locale's query its own id."
+        )
 
 
 def _undefined(evaluation: Evaluation, defined: Sequence[str]) -> Evaluation:

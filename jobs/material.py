@@ -71,6 +71,12 @@ def judgments_of(settings: Settings, products: pa.Table, *, path: Path | None = 
     table = read_judgments(place, queries=asked, grades=grades_of(settings), reading=reading)
     if not pc.any(pc.not_equal(table["locale"], "")).as_py():
         table = _with_locales(table, products)
+    locales = table.group_by("query_id").aggregate([("locale", "count_distinct")])
+    if several := locales.filter(pc.greater(locales["locale_count_distinct"], 1))["query_id"].to_pylist():
+        raise InputError(
+            f"{place}: {len(several)} query ids have products of more than one locale, {several[0]!r} for one, and a query is answered from "
+            "those of one. Give each locale's query its own id, or leave those products out."
+        )
     judged_keys, known_keys = (keys_of("product", side["locale"], side["product_id"]) for side in (table, products))
     if not np.isin(judged_keys, known_keys).any():
         raise InputError(

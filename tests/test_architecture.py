@@ -18,7 +18,7 @@ FLOORS: list[list[str]] = [
     ["jobs.cli."],
     ["jobs.applying", "jobs.backfill", "jobs.rebuilding", "jobs.releasing", "jobs.reporting"],
     ["jobs.train"],
-    ["jobs.evaluate", "jobs.mine", "jobs.judging", "jobs.calibrate"],
+    ["jobs.evaluate", "jobs.mine", "jobs.judging", "jobs.calibrate", "jobs.fleet"],
     ["jobs.queries", "jobs.towers"],
     ["jobs.inspect", "jobs.material", "jobs.recipes"],
     ["jobs.doctor"],
@@ -26,7 +26,7 @@ FLOORS: list[list[str]] = [
     ["jobs.records"],
     ["jobs.settings"],
     ["jobs.sections"],
-    ["jobs.config", "jobs.logs", "jobs.cluster", "jobs.progress", "jobs.fleet"],
+    ["jobs.config", "jobs.logs", "jobs.cluster", "jobs.progress"],
     ["jobs.values"],
     ["pipelines.generation", "pipelines.recovery", "pipelines.report", "pipelines.summary"],
     ["pipelines.candidate", "pipelines.work", "pipelines.health."],
@@ -83,7 +83,15 @@ FLOORS: list[list[str]] = [
     ["encoder.tower", "encoder.mining", "encoder.judge_endpoint", "encoder.judge_models"],
     ["encoder.packing", "encoder.loading", "encoder.pooling", "encoder.memory", "encoder.fast_linear", "encoder.judge"],
     ["encoder.tokens", "encoder.attention", "encoder.losses", "encoder.significance", "encoder.gathering"],
-    ["encoder.judgments", "encoder.splits", "encoder.batches", "encoder.relevance", "encoder.audit", "encoder.augment", "encoder.synthetic"],
+    [
+        "encoder.judgments",
+        "encoder.splits",
+        "encoder.batches",
+        "encoder.relevance",
+        "encoder.audit",
+        "encoder.augment",
+        "encoder.synthetic",
+    ],
     ["encoder.examples"],
     ["encoder.registry"],
     ["encoder.layout"],
@@ -251,15 +259,19 @@ def test_help_imports_no_engine(arguments: list[str]) -> None:
     assert "LOADED []" in done.stdout
 
 
-def test_help_answers_in_under_400_ms() -> None:
-    import time
+def test_help_takes_less_than_400_ms_of_a_core() -> None:
+    import resource
+
+    def used() -> float:
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return spent.ru_utime + spent.ru_stime
 
     best = 9.0
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = used()  # not the clock: another test may have the cores
         done = subprocess.run([sys.executable, "-m", "jobs.cli", "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
         assert "Exit codes:" in done.stdout
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, used() - begin)
     assert best < 0.4
 
 

@@ -204,6 +204,13 @@ def test_an_exact_search_over_a_real_tower_is_rank_and_ignores_the_order_of_the_
     assert found.system.fingerprint == encoder.fingerprint
 
 
+def test_a_query_with_products_of_two_locales_is_refused_and_not_searched_in_the_wrong_one() -> None:
+    products, judgments = some(3)
+    astray = judgment_table([("de-0", "kitten", "us", "p00", 3)])
+    with pytest.raises(EncoderError, match="1 query ids have products of two locales, 'de-0' for one"):
+        Arena.of(products, pa.concat_tables([judgments, astray]), Grades())
+
+
 def test_contenders_of_one_arena_stand_on_one_board() -> None:
     products, judgments = some(7)
     arena = Arena.of(products, judgments, Grades(), measures=SHALLOW)

@@ -477,7 +477,10 @@ def test_what_cannot_be_done_is_refused_in_one_line(ask: Command, taught: Path, 
 
 
 def test_hostile_names_from_catalog_and_configuration_steer_no_terminal(command: Command, config: Path) -> None:
-    own = pa.table({"query_id": ["Q-00001"], "sku": [HOSTILE], "grade": ["E"]}, schema=judged_of(config).schema)
+    queries = pq.read_table(config.parent / "queries.parquet")
+    locale = {row["product_id"]: row["locale"] for row in products_of(load(config)).to_pylist()}[HOSTILE]
+    known = queries.filter(pc.equal(queries["locale"], locale))["query_id"][0].as_py()
+    own = pa.table({"query_id": [known], "sku": [HOSTILE], "grade": ["E"]}, schema=judged_of(config).schema)
     pq.write_table(pa.concat_tables([judged_of(config), own]), config.parent / "judgments.parquet")
     configure(config, judgments={"vertical": "brand", "licence": "\x1b[31m=1+1"})
     (config.parent / "quick.yaml").write_text(yaml.safe_dump({"name": "\x1b[2Jquick", "stages": [STAGE]}))
@@ -493,6 +496,16 @@ def test_hostile_names_from_catalog_and_configuration_steer_no_terminal(command:
         assert found.code == 0, found.err
         assert "\x1b" not in found.out + found.err, arguments
         assert "\u202e" not in found.out + found.err, arguments
+
+
+def test_a_query_with_products_of_two_languages_is_refused_before_anything_is_trained(command: Command, config: Path) -> None:
+    locales = {row["product_id"]: row["locale"] for row in products_of(load(config)).to_pylist()}
+    names = judged_of(config)["sku"].to_pylist()
+    other = next(name for name, locale in locales.items() if locale != locales[names[0]])
+    put(config, sku=[other, *names[1:]])
+    for arguments in COMMANDS:
+        refused(command, *(str(item).format(own="own") for item in arguments), say="1 query ids have products of more than one locale")
+    assert not Path("t").exists()
 
 
 def test_judgments_take_the_locales_of_their_products_and_of_their_query(taught: Path) -> None:
