@@ -9,7 +9,6 @@ from typing import Any
 from encoder.errors import EncoderError
 from encoder.gathering import World
 from encoder.loading import gpu_count
-from jobs.material import made_folder
 from pipelines.errors import CatalogEmbedError, InputError
 
 # A worker that dies takes the group along; the group begins again at the last checkpoint.
@@ -25,7 +24,8 @@ def on_workers(attend: Callable[[World], object], workers: int, *, work: Path) -
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError  # noqa: PLC0415  seconds that others do without
     from ray.train.torch import TorchTrainer  # noqa: PLC0415  as above
 
-    refused = made_folder(work.resolve()) / REFUSED
+    work.mkdir(parents=True, exist_ok=True)
+    refused = work.resolve() / REFUSED
     refused.unlink(missing_ok=True)
 
     def loop(_: dict[str, Any]) -> None:
