@@ -17,9 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from encoder.examples import keys_of
+from encoder.registry import RECORD
 from encoder.relevance import Calibration, CalibrationOptions, calibrate
+from encoder.splits import split
 from jobs.inspect import named, reader, require_store
-from jobs.material import grades_of, judgments_of, products_of
+from jobs.material import grades_of, judgments_of, parsed_record, products_of, split_named
 from jobs.settings import Settings
 from pipelines.errors import InputError, NotFound
 from pipelines.layout import printable
@@ -48,12 +50,17 @@ def calibrate_generation(
     judgments: Path | None = None,
     queries: Path | None = None,
     options: CalibrationOptions | None = None,
+    all_queries: bool = False,
 ) -> Calibrated:
-    """Score what people judged with the vectors that a generation serves, fit the curves, and keep them in the store."""
+    """Score what people judged with the vectors that a generation serves, fit the curves, and keep them in the store.
+
+    Queries that the generation's tower was trained on are left out unless `all_queries` are wanted: it knows their answers.
+    """
     products = products_of(settings)
     graded = judgments_of(settings, products, path=judgments, queries=queries)
     with reader(settings, generation=generation) as followed:
         opened = followed.opened
+        graded = graded if all_queries else _unseen(require_store(settings), opened.manifest.tower, graded)
         ids = pc.unique(graded["product_id"])
         rows = opened.table.rows(ids.to_pylist(), [ID, VECTOR])
         at = pc.index_in(graded["product_id"].combine_chunks(), rows[ID].combine_chunks())
@@ -73,6 +80,20 @@ def calibrate_generation(
     return Calibrated(
         generation=manifest.generation, key=key, calibration=found, pairs=kept.num_rows, missing=graded.num_rows - kept.num_rows
     )
+
+
+def _unseen(store: Store, tower: str, graded: pa.Table) -> pa.Table:
+    """Leave out the queries that a tower's record says it was trained on."""
+    key = f"towers/{tower[:16]}/{RECORD}"
+    record = parsed_record(store.get(key) if store.head(key) else None, store.uri(key))
+    by = split_named(record, store.uri(key))
+    if by is None:
+        return graded
+    parts = split(graded, **by)
+    kept = pa.concat_tables([parts.dev, parts.test])
+    if not kept.num_rows:
+        raise InputError("the tower was trained on every judged query, and knows their answers. Judge more, or take --all-queries.")
+    return kept.combine_chunks()
 
 
 def calibration_of(settings: Settings, *, generation: str | None = None) -> Calibrated:

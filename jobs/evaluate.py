@@ -12,19 +12,23 @@ import numpy as np
 import pyarrow as pa
 
 from encoder.contenders import BM25, Arena, Contender
+from encoder.errors import EncoderError
 from encoder.examples import keys_of
 from encoder.inference import EncodeOptions, Encoder
 from encoder.lexical import Fusion
+from encoder.relevance import CalibrationOptions, calibrate
 from encoder.scoreboard import Scoreboard, scoreboard, write_per_query
 from encoder.significance import BootstrapOptions
 from encoder.splits import split
-from jobs.material import bad_record, grades_of, judgments_of, made_folder, products_of, record_of
+from jobs.material import grades_of, judgments_of, made_folder, products_of, record_of, split_named
 from jobs.nightly import tower_directory, tower_options
 from jobs.settings import Settings
 from pipelines.errors import InputError
+from pipelines.layout import printable
 
 SPLITS = ("all", "train", "dev", "test")
 FUSED = "+bm25"
+_ANY_PAIRS = CalibrationOptions(min_pairs=1, min_outcomes=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,16 +116,39 @@ def split_of(towers: Sequence[Path]) -> Mapping[str, Any]:
     return next(iter(found.values()))
 
 
+def calibration_errors(found: Measured) -> Mapping[str, Mapping[str, float]]:
+    """Return how far P(relevant) and P(best grade) by score are off, for each system whose pairs have a score: on unseen queries."""
+    errors = {}
+    for name, contender in found.contenders.items():
+        if contender.scores_N is None:
+            continue
+        try:
+            whole = calibrate(contender.scores_N, found.arena.judgments, tower=name, grades=found.arena.grades, options=_ANY_PAIRS).strata[
+                0
+            ]
+        except EncoderError:  # too few outcomes of one kind for any curve
+            continue
+        if whole.relevant is not None and whole.best is not None:
+            errors[name] = {
+                "relevant": round(whole.relevant.ece, 4),
+                "best": round(whole.best.ece, 4),
+                "brier": round(whole.relevant.brier, 4),
+            }
+    return errors
+
+
+def errors_text(errors: Mapping[str, Mapping[str, float]]) -> str:
+    """Return them for a person."""
+    if not errors:
+        return "\nToo few judged pairs to say how well scores can be calibrated.\n"
+    lines = [f"  {printable(name):<24} {row['relevant']:.3f}      {row['best']:.3f}  {row['brier']:.3f}" for name, row in errors.items()]
+    head = f"\nCalibration error by score, on unseen queries\n\n  {'system':<24} P(relevant)  P(best)  Brier\n"
+    return head + "\n".join(lines) + "\n"
+
+
 def split_by(tower: Path) -> Mapping[str, Any] | None:
     """Return the shares and the seed by which a tower's queries were split, or None where its record names none."""
-    record = record_of(tower)
-    if record is None or "recipe" not in record:  # a stage in a work folder does not know of the split
-        return None
-    try:
-        told = record["data"]["split"]["by"]
-        return {"dev": float(told["dev"]), "test": float(told["test"]), "seed": int(told["seed"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise bad_record(str(tower), f"{type(error).__name__}: {error}") from error
+    return split_named(record_of(tower), str(tower))
 
 
 def named(towers: Sequence[Path]) -> list[str]:

@@ -125,6 +125,17 @@ def bad_record(place: str, why: str) -> TowerError:
     return TowerError(f"{place}/{RECORD} is not as `train` writes it ({why[:200]}). It tells where the tower comes from: take a good copy.")
 
 
+def split_named(record: Mapping[str, Any] | None, place: str) -> Mapping[str, Any] | None:
+    """Return the shares and the seed by which a record says that queries were split, or None where it does not say."""
+    if record is None or "recipe" not in record:  # a stage in a work folder does not know of the split
+        return None
+    try:
+        told = record["data"]["split"]["by"]
+        return {"dev": float(told["dev"]), "test": float(told["test"]), "seed": int(told["seed"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise bad_record(place, f"{type(error).__name__}: {error}") from error
+
+
 def made_folder(path: Path) -> Path:
     """Make a folder, if it is not there, before anything is computed that shall go into it."""
     try:

@@ -224,8 +224,26 @@ def trained_text(found: Trained) -> str:
         for system in board.board.systems:
             cells = {cell.metric: cell for cell in board.board.cells if cell.system == system and not cell.stratum}
             lines.append(f"  {printable(system)[:24]:<24}" + "".join(f"{_cell(cells[name]):<30}" for name in shown).rstrip())
+    gap = _gain(found)
+    if found.test is not None and not gap > 0:
+        lines += [
+            "",
+            f"It is not shown to be better than its base: the interval of {CHOSEN_BY} on the test side begins at {gap:+.3f}. Think before you publish it.",
+        ]
     lines += ["", f"All metrics: {found.directory}/dev/eval.txt and test/eval.txt. Next: catalog-embed backfill --tower {found.directory}"]
     return "\n".join(lines) + "\n"
+
+
+def _gain(found: Trained) -> float:
+    """Return the lower end of what the chosen stage gains over its base on the test side; 0 where nothing can be said."""
+    for cell in found.test.board.cells if found.test is not None else ():
+        if (
+            (cell.system, cell.metric, cell.stratum) == (found.chosen, CHOSEN_BY, "")
+            and cell.difference
+            and cell.difference.low is not None
+        ):
+            return cell.difference.low
+    return 0.0
 
 
 def _cell(cell: Cell) -> str:

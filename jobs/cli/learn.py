@@ -91,7 +91,7 @@ def evaluate(obj: dict[str, Any], /, towers: tuple[Path, ...], out: Path | None,
     The first tower is what the others are compared with. Products without a judgment count as not relevant, except in
     ndcg_judged, which looks at judged ones alone.
     """
-    from jobs.evaluate import EvalRequest
+    from jobs.evaluate import EvalRequest, calibration_errors, errors_text
     from jobs.evaluate import evaluate as measured
     from jobs.material import made_folder
 
@@ -100,11 +100,9 @@ def evaluate(obj: dict[str, Any], /, towers: tuple[Path, ...], out: Path | None,
     found = measured(settings_of(obj), EvalRequest(towers=towers, **how))
     written = found.write(out) if out is not None else {}
     head = f"{found.products:,} products searched, {found.arena.judgments.num_rows:,} judged pairs, {found.arena.missing:,} without their product\n"
-    say(
-        {"products": found.products, "missing": found.arena.missing, "written": written, "board": json.loads(found.board.to_json())},
-        head + found.board.to_text(),
-        output,
-    )
+    errors = calibration_errors(found)
+    counts = {"products": found.products, "missing": found.arena.missing, "written": written, "calibration_error": errors}
+    say({**counts, "board": json.loads(found.board.to_json())}, head + found.board.to_text() + errors_text(errors), output)
 
 
 @cli.command(cls=Command)
@@ -266,6 +264,7 @@ def audit(
     "--min-pairs", default=1000, type=click.IntRange(1), show_default=True, help="So many pairs make a vertical's or locale's own curve."
 )
 @click.option("--min-outcomes", default=50, type=click.IntRange(1), show_default=True, help="So many of either outcome do.")
+@click.option("--all-queries", is_flag=True, help="Take queries too that the tower was trained on: probabilities come out too good.")
 @output_option("text", "json")
 @click.pass_obj
 def calibrate(
@@ -279,6 +278,7 @@ def calibrate(
     output: str,
     *,
     show: bool,
+    all_queries: bool,
 ) -> None:
     """Turn scores of a generation into probabilities: P(relevant) and P(exact), overall, per vertical and per locale."""
     from encoder.relevance import CalibrationOptions
@@ -289,7 +289,9 @@ def calibrate(
         found = calibration_of(settings, generation=generation)
     else:
         options = CalibrationOptions(min_pairs=min_pairs, min_outcomes=min_outcomes)
-        found = calibrate_generation(settings, generation=generation, judgments=judgments, queries=queries, options=options)
+        found = calibrate_generation(
+            settings, generation=generation, judgments=judgments, queries=queries, options=options, all_queries=all_queries
+        )
     data = {"generation": found.generation, "key": found.key, "pairs": found.pairs, "missing": found.missing}
     say({**data, "calibration": json.loads(found.calibration.to_json())}, calibration_text(found), output)
 

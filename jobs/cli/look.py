@@ -174,6 +174,8 @@ def search(
         rows = opened.search(query, top, where=where, nulls=nulls, columns=chosen, **how).to_pylist()
         name = opened.generation
     if min_relevance is not None:
+        if min_relevance != min_relevance:  # noqa: PLR0124  NaN passes every range
+            raise click.UsageError("--min-relevance is a number from 0 to 1.")
         from jobs.calibrate import relevant
 
         rows, chosen = relevant(settings, rows, generation=name, least=min_relevance), ["p_relevant", *chosen]

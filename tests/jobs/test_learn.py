@@ -219,6 +219,8 @@ def test_a_trained_tower_is_compared_published_served_and_taken_back(command: Co
     assert json.loads(Path("board/eval.json").read_text()) == board
     test = command("eval", "own/tower", "new", "--side", "test", "--pool", 20, "--resamples", 50, "--output", "json").json
     assert test["board"]["queries"] == record_of(Path("new"))["data"]["split"]["test"]["queries"]
+    assert set(compared.json["calibration_error"]) <= {"bm25", "tower", "new"}
+    assert all(0 <= row["relevant"] <= 1 for row in compared.json["calibration_error"].values())
 
     old = fingerprint_of(load(config))
     built = command("backfill", "--tower", "new", "--output", "json")
@@ -232,6 +234,12 @@ def test_a_trained_tower_is_compared_published_served_and_taken_back(command: Co
     listed = {item["fingerprint"]: item for item in command("towers", "--output", "json").json}
     assert (listed[trained.json["fingerprint"]]["live"], listed[old]["live"]) == (True, False)
     assert listed[trained.json["fingerprint"]]["trained"]["recipe"] == "quick", "the record went to the store with the tower"
+    few = ("--min-pairs", 10, "--min-outcomes", 1, "--output", "json")
+    sides = record_of(Path("new"))["data"]["split"]
+    unseen = command("calibrate", *few).json["calibration"]["strata"][0]
+    assert unseen["queries"] == sides["dev"]["queries"] + sides["test"]["queries"], "it knows the answers to the others"
+    everything = command("calibrate", *few, "--all-queries").json["calibration"]["strata"][0]
+    assert everything["queries"] == unseen["queries"] + sides["train"]["queries"]
     assert command("rollback").code == 0
     with reader(load(config)) as served:
         assert (served.generation, served.opened.manifest.tower) == (SECOND, old)
@@ -350,6 +358,11 @@ def test_each_calibration_is_a_version_and_the_newest_one_holds_as_it_was_writte
     assert [Path(key).name[:8] for key in keys] == ["00000001", "00000002"]
     shown = command("calibrate", "--show", "--output", "json").json
     assert (shown["key"], shown["calibration"]) == (second["key"], second["calibration"])
+    answers = command("search", "red lamp", "--min-relevance", 0, "--output", "json").json
+    assert len(answers) == 10
+    limit = max(answer["p_relevant"] for answer in answers)
+    kept = command("search", "red lamp", "--min-relevance", limit, "--output", "json").json
+    assert [answer["id"] for answer in kept] == [answer["id"] for answer in answers if answer["p_relevant"] >= limit]
     assert second["calibration"] != first["calibration"]
     assert "does not hold" not in command("calibrate", "--show").out, "a file does not know what its generation lacked"
     path = config.parent / "index" / second["key"]
@@ -464,6 +477,7 @@ def test_judgments_that_cannot_be_used_are_refused_by_every_command(ask: Command
         (["audit", "{own}/judgments.parquet", "--out", "a.csv"], "lacks product_id"),
         (["audit", "nowhere.csv", "--out", "a.txt"], "a.txt"),
         (["calibrate", "g999999"], "g999999"),
+        (["search", "shoes", "--min-relevance", "nan"], "--min-relevance"),
         (["write-queries", "w.parquet", "--template", "{{brnd}}"], "brnd"),
         (["write-queries", "w.parquet", "--seq2seq", "nowhere"], "nowhere"),
         (["write-queries", "w.parquet", "--prompt", "x"], "--prompt"),
