@@ -39,12 +39,12 @@ demo: $(VENV)/.product
 
 # A tower of one's own in some minutes: train, measure on queries it never saw, embed the shop with it, publish, and go back.
 TRAIN := $(BIN)/catalog-embed -c train-demo/catalog-embed.yaml
-TOWER := train-demo/towers/roar
+TOWER := train-demo/towers/small
 train-demo: $(VENV)/.product
 	$(BIN)/catalog-embed init train-demo --products 600
 	$(TRAIN) run --since beginning --now 2026-01-06T02:00+01:00
-	test -f $(TOWER)/training.json || $(TRAIN) train roar --steps 30 --pool 300 --out $(TOWER)
-	$(TRAIN) eval $(TOWER) --side test --pool 300 --resamples 2000
+	test -f $(TOWER)/training.json || $(TRAIN) train small --pool 200 --out $(TOWER)
+	$(TRAIN) eval $(TOWER) --side test --pool 200 --resamples 2000
 	$(TRAIN) backfill --tower $(TOWER) --publish --now 2026-01-06T03:00+01:00
 	$(TRAIN) search "waterproof hiking jacket for women" --top 5
 	$(TRAIN) towers $(TOWER)

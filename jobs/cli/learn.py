@@ -49,7 +49,7 @@ device_option = click.option("--device", default="auto", show_default=True, help
 @ray_option
 @click.pass_obj
 def train(obj: dict[str, Any], /, recipe: str, out: Path, data: tuple[Path, ...], output: str, ray_address: str | None, **how: Any) -> None:
-    """Train a tower by RECIPE (mnrl, roar, refine, or a YAML file) on graded judgments and the catalog's own texts.
+    """Train a tower by RECIPE (mnrl, roar, refine, small, or a YAML file) on graded judgments and the catalog's own texts.
 
     Killed, it goes on where it was. The tower is measured against its base on queries that it never saw, and comes with a
     card that names its data, recipe, seed and metrics. `backfill --tower` embeds the catalog with it.

@@ -55,20 +55,20 @@ def test_what_a_file_says_is_what_the_recipe_does(tmp_path_factory: pytest.TempP
     assert (recipe.seed, recipe.name) == (drawn["seed"], "own")
 
 
-def test_the_cookbook_holds_the_three_systems_and_each_loads() -> None:
-    assert names() == ["mnrl", "refine", "roar"]
+def test_the_cookbook_holds_the_three_systems_and_a_small_one_and_each_loads() -> None:
+    assert names() == ["mnrl", "refine", "roar", "small"]
     found = {name: load_recipe(name, grades=Grades()) for name in names()}
     assert {name: [stage.name for stage in recipe.stages] for name, recipe in found.items()} == {
         "mnrl": ["pairs"],
         "refine": ["ordinal", "circle"],
         "roar": ["contrastive", "odds"],
+        "small": ["contrastive", "odds"],
     }
     assert [dict(stage.objective["parts"]) for recipe in found.values() for stage in recipe.stages] == [
         {"infonce": 1.0},
         {"supcon": 1.0},
         {"circle": 1.0},
-        {"infonce": 1.0},
-        {"infonce": 1.0, "roar": 0.1},
+        *[{"infonce": 1.0}, {"infonce": 1.0, "roar": 0.1}] * 2,
     ]
     assert all(recipe.name == name and recipe.about for name, recipe in found.items())
     circle = found["refine"].stages[1]
@@ -158,7 +158,7 @@ def test_a_recipe_that_is_written_wrongly_is_refused_with_its_place(tmp_path: Pa
 
 
 def test_a_recipe_that_is_not_there_is_answered_with_the_nearest() -> None:
-    with pytest.raises(InputError, match=r"no recipe `refin`\. Did you mean `refine`\? There are mnrl, refine, roar"):
+    with pytest.raises(InputError, match=r"no recipe `refin`\. Did you mean `refine`\? There are mnrl, refine, roar, small"):
         load_recipe("refin", grades=Grades())
     with pytest.raises(InputError, match=r"no recipe `zzz`\. There are"):
         load_recipe("zzz", grades=Grades())
