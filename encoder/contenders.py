@@ -159,10 +159,3 @@ def _undefined(evaluation: Evaluation, defined: Sequence[str]) -> Evaluation:
         if name not in defined:
             table = table.set_column(table.schema.get_field_index(name), name, pa.nulls(len(table), pa.float64()))
     return replace(evaluation, per_query=table, pooled=dict.fromkeys(evaluation.pooled))
-
-
-def held_pairs(arena: Arena, contender: Contender) -> tuple[Scores, Ints]:
-    """Return the score and the grade of every judged pair."""
-    if contender.scores_N is None:
-        raise EncoderError(f"{contender.system.name} is several systems fused: its pairs have no common score. Calibrate a tower.")
-    return contender.scores_N, pc.cast(arena.judgments["grade"], pa.int64()).to_numpy()

@@ -9,7 +9,7 @@ Axes: C candidates, Q queries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -78,13 +78,13 @@ class Mined:
     counts: Mapping[str, int]
 
 
-def check_fingerprint(candidates: pa.Table, tower: str) -> None:
-    """Refuse candidates that another tower found: their ranks and scores say nothing of this one's mistakes."""
-    found = sorted(str(value) for value in pc.unique(candidates["tower"]).to_pylist())
-    if found not in ([], [tower]):
-        shown = ", ".join(value[:16] for value in found)
+def check_fingerprint(found: Iterable[str], tower: str) -> None:
+    """Refuse what another tower found: its ranks and scores say nothing of this one's mistakes."""
+    others = sorted(set(found) - {tower})
+    if others:
         raise TowerError(
-            f"The candidates were found by tower {shown}, and this one is {tower[:16]}. Mine again with the tower of the index that is trained."
+            f"The index was made by the tower {', '.join(other[:12] for other in others)}, and this one is {tower[:12]}: it makes other mistakes. "
+            "Mine with the tower of the index, or publish this one first with `catalog-embed backfill --tower`."
         )
 
 

@@ -28,9 +28,10 @@ from encoder.examples import Examples, Grades, Missing, join
 from encoder.gathering import World, alone
 from encoder.objectives import Objective
 from encoder.ranking import pair_scores
-from encoder.registry import RECORD, TowerOptions, read_card
+from encoder.records import read_record
+from encoder.registry import TowerOptions, read_card
 from encoder.trainable import Lora, Precision, Trainable
-from encoder.training import TrainOptions, train
+from encoder.training import FREE, TrainOptions, train
 
 Mine: TypeAlias = Callable[[Path, "Stage"], pa.Table]
 """Given the tower so far and the stage that asks, mined documents as NEGATIVES has them."""
@@ -45,7 +46,8 @@ _LOW, _HIGH = 0.25, 0.75
 class Sampling:
     """What is in a batch: so many queries, and so many documents of each, of which `mined` says whether some are mined ones.
 
-    The positive of a contrastive loss is one of the best-graded documents, or of all `relevant` ones, another one each epoch. `noise` adds misspelled copies of so large a share of the queries.
+    The positive of a contrastive loss is one of the best-graded documents, or of all `relevant` ones, another one each epoch.
+    `noise` adds misspelled copies of so large a share of the queries.
     """
 
     queries: int = 64
@@ -188,7 +190,7 @@ class _Step:
         shared = {name: value for name, value in asdict(self.recipe).items() if name not in {"name", "about", "stages"}}
         said = {
             "recipe": shared,
-            "stage": asdict(self.stage),
+            "stage": {**asdict(self.stage), "train": {name: value for name, value in asdict(self.stage.train).items() if name not in FREE}},
             "tower": read_card(self.tower).fingerprint,
             "data": self.material.digest,
             "mined": table_digest(self.mined) if self.mined is not None else None,
@@ -311,10 +313,7 @@ def table_digest(table: pa.Table) -> str:
     return hashlib.sha256(sink.getvalue()).hexdigest()
 
 
-def _left(folder: Path, identity: str) -> dict[str, Any] | None:
+def _left(folder: Path, identity: str) -> Mapping[str, Any] | None:
     """Return the record of a stage that was finished before with the same data and settings."""
-    path = folder / "tower" / RECORD
-    if not path.is_file():
-        return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record if record.get("identity") == identity else None
+    record = read_record(folder / "tower")
+    return record if record is not None and record.get("identity") == identity else None

@@ -36,7 +36,7 @@ Evaluate: TypeAlias = Callable[[int], Mapping[str, float]]
 OnStep: TypeAlias = Callable[[Mapping[str, Any]], None]
 
 # What may differ when a run goes on: it decides what is written and when, not what is learned.
-_FREE = {"log_every", "evaluate_every", "save_every", "keep"}
+FREE = {"log_every", "evaluate_every", "save_every", "keep"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +265,7 @@ def _optimizer(parameters: Mapping[str, Tensor], options: TrainOptions) -> torch
 
 def _identity(trainable: Trainable, objective: Objective, options: TrainOptions, world: World) -> dict[str, Any]:
     """Return what a checkpoint must have in common with this run, flat, so that a refusal can name the difference."""
-    chosen = {item.name: getattr(options, item.name) for item in fields(options) if item.name not in _FREE}
+    chosen = {item.name: getattr(options, item.name) for item in fields(options) if item.name not in FREE}
     aims = {f"objective.{item.name}": getattr(objective, item.name) for item in fields(objective)}
     tree = {**chosen, **aims, **trainable.identity(), "processes": world.size}
     return dict(json.loads(json.dumps(tree, default=str)))

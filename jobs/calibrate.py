@@ -17,14 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from encoder.examples import keys_of
+from encoder.records import parse_record, recorded_split
 from encoder.registry import RECORD
 from encoder.relevance import Calibration, CalibrationOptions, calibrate
 from encoder.splits import split
 from jobs.inspect import named, reader, require_store
-from jobs.material import grades_of, judgments_of, parsed_record, products_of, split_named
+from jobs.material import grades_of, judgments_of, products_of
 from jobs.settings import Settings
 from pipelines.errors import InputError, NotFound
-from pipelines.layout import printable
+from pipelines.layout import printable_lines
 from pipelines.manifest import check_generation
 from pipelines.schema import ID, VECTOR
 from pipelines.storage import Store
@@ -85,8 +86,8 @@ def calibrate_generation(
 def _unseen(store: Store, tower: str, graded: pa.Table) -> pa.Table:
     """Leave out the queries that a tower's record says it was trained on."""
     key = f"towers/{tower[:16]}/{RECORD}"
-    record = parsed_record(store.get(key) if store.head(key) else None, store.uri(key))
-    by = split_named(record, store.uri(key))
+    record = parse_record(store.get(key) if store.head(key) else None, store.uri(key))
+    by = recorded_split(record, store.uri(key))
     if by is None:
         return graded
     parts = split(graded, **by)
@@ -134,7 +135,7 @@ def calibration_text(found: Calibrated) -> str:
         lines.append(f"  {name:<24} {item.pairs:>7,} {item.queries:>8,}  {fit.rate:6.3f} {fit.ece:6.3f} {fit.brier:6.3f}   {at}")
     if few:
         lines.append(f"  too few pairs for curves of their own, so the overall ones hold: {', '.join(few)}")
-    return "".join(f"{printable(line)}\n" for line in lines)
+    return printable_lines(lines)
 
 
 def _keys(store: Store, generation: str) -> list[str]:

@@ -16,11 +16,12 @@ from encoder.errors import EncoderError
 from encoder.examples import keys_of
 from encoder.inference import EncodeOptions, Encoder
 from encoder.lexical import Fusion
+from encoder.records import read_record, recorded_split
 from encoder.relevance import CalibrationOptions, calibrate
 from encoder.scoreboard import Scoreboard, scoreboard, write_per_query
 from encoder.significance import BootstrapOptions
 from encoder.splits import split
-from jobs.material import grades_of, judgments_of, made_folder, products_of, record_of, split_named
+from jobs.material import grades_of, judgments_of, made_folder, products_of
 from jobs.nightly import tower_directory, tower_options
 from jobs.settings import Settings
 from pipelines.errors import InputError
@@ -35,7 +36,8 @@ _ANY_PAIRS = CalibrationOptions(min_pairs=1, min_outcomes=10)
 class EvalRequest:
     """What is measured: towers (none: the configured one), on which judgments and which side of the split that training makes.
 
-    A side is that of the split in the towers' records. `pool` measures over the judged products and so many others instead of all: quick, and easier than the catalog.
+    A side is that of the split in the towers' records. `pool` measures over the judged products and so many others instead of
+    all: quick, and easier than the catalog.
     """
 
     towers: Sequence[Path] = ()
@@ -123,11 +125,10 @@ def calibration_errors(found: Measured) -> Mapping[str, Mapping[str, float]]:
         if contender.scores_N is None:
             continue
         try:
-            whole = calibrate(contender.scores_N, found.arena.judgments, tower=name, grades=found.arena.grades, options=_ANY_PAIRS).strata[
-                0
-            ]
+            fitted = calibrate(contender.scores_N, found.arena.judgments, tower=name, grades=found.arena.grades, options=_ANY_PAIRS)
         except EncoderError:  # too few outcomes of one kind for any curve
             continue
+        whole = fitted.stratum()
         if whole.relevant is not None and whole.best is not None:
             errors[name] = {
                 "relevant": round(whole.relevant.ece, 4),
@@ -148,7 +149,7 @@ def errors_text(errors: Mapping[str, Mapping[str, float]]) -> str:
 
 def split_by(tower: Path) -> Mapping[str, Any] | None:
     """Return the shares and the seed by which a tower's queries were split, or None where its record names none."""
-    return split_named(record_of(tower), str(tower))
+    return recorded_split(read_record(tower), str(tower))
 
 
 def named(towers: Sequence[Path]) -> list[str]:
@@ -171,5 +172,5 @@ def _pooled(products: pa.Table, judgments: pa.Table, request: EvalRequest) -> pa
     keys = keys_of("product", products["locale"], products["product_id"])
     judged = np.isin(keys, keys_of("product", judgments["locale"], judgments["product_id"]))
     others = np.flatnonzero(~judged)
-    chosen = others[np.argsort(keys_of(f"pool {request.seed}"[:16], products["locale"], products["product_id"])[others])[: request.pool]]
+    chosen = others[np.argsort(keys_of(f"pool {request.seed}", products["locale"], products["product_id"])[others])[: request.pool]]
     return products.take(pa.array(np.sort(np.concatenate([np.flatnonzero(judged), chosen]))))

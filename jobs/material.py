@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from encoder.errors import TowerError
 from encoder.examples import JUDGMENTS, PRODUCTS, Grades, keys_of
 from encoder.judgments import Reading, read_judgments
-from encoder.registry import RECORD
 from jobs.nightly import open_source_of
 from jobs.settings import Settings
 from pipelines.contracts import Window
@@ -99,41 +95,6 @@ def read_table(path: Path, what: str, columns: Sequence[str] = ()) -> pa.Table:
     if lacking := [name for name in columns if name not in table.column_names]:
         raise InputError(f"{path} is no file of {what}: it lacks {', '.join(lacking)}, and has {', '.join(table.column_names)}.")
     return table
-
-
-def record_of(tower: Path) -> Mapping[str, Any] | None:
-    """Return the record of a tower's training, or None where it has none."""
-    path = tower / RECORD
-    return parsed_record(path.read_bytes() if path.is_file() else None, str(tower))
-
-
-def parsed_record(data: bytes | None, place: str) -> Mapping[str, Any] | None:
-    """Return what a record says, which must be a mapping."""
-    if data is None:
-        return None
-    try:
-        tree = json.loads(data)
-    except ValueError as error:
-        raise bad_record(place, str(error)) from error
-    if not isinstance(tree, dict):
-        raise bad_record(place, f"it holds a {type(tree).__name__}")
-    return tree
-
-
-def bad_record(place: str, why: str) -> TowerError:
-    """Return the error of a record that cannot be understood."""
-    return TowerError(f"{place}/{RECORD} is not as `train` writes it ({why[:200]}). It tells where the tower comes from: take a good copy.")
-
-
-def split_named(record: Mapping[str, Any] | None, place: str) -> Mapping[str, Any] | None:
-    """Return the shares and the seed by which a record says that queries were split, or None where it does not say."""
-    if record is None or "recipe" not in record:  # a stage in a work folder does not know of the split
-        return None
-    try:
-        told = record["data"]["split"]["by"]
-        return {"dev": float(told["dev"]), "test": float(told["test"]), "seed": int(told["seed"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise bad_record(place, f"{type(error).__name__}: {error}") from error
 
 
 def made_folder(path: Path) -> Path:

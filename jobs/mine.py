@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from encoder.errors import TowerError
 from encoder.examples import JUDGMENTS, NEGATIVES, Grades
 from encoder.mining import CANDIDATES, USUAL, Mined, MiningOptions, check_fingerprint, classify, unknown, with_mined
 from encoder.ranking import Catalog, rank
@@ -20,7 +19,6 @@ from jobs.inspect import reader
 from jobs.material import grades_of, judgments_of, made_folder, products_of, read_table
 from jobs.nightly import fingerprint_of
 from jobs.settings import Settings
-from pipelines.errors import InputError
 from pipelines.reader import Engine, Opened
 from pipelines.schema import ID, LOCALE
 from pipelines.where import col
@@ -70,13 +68,7 @@ def mine(settings: Settings, request: MineRequest, *, tell: Callable[[int, int],
     with reader(settings, generation=request.generation) as followed:
         opened = followed.opened
         # Before anything is read: another tower's ranks and scores say nothing of this one's mistakes.
-        try:
-            check_fingerprint(pa.table({"tower": [opened.manifest.tower]}), wanted)
-        except TowerError as error:
-            raise InputError(
-                f"{opened.manifest.generation} was made by the tower {opened.manifest.tower[:12]}, and this one is {wanted[:12]}: it makes "
-                "other mistakes. Publish it first with `catalog-embed backfill --tower`, or mine with the tower of the index."
-            ) from error
+        check_fingerprint([opened.manifest.tower], wanted)
         judgments = judgments_of(settings, products_of(settings), path=request.judgments, queries=request.queries)
         candidates = _candidates(opened, judgments, request, tell)
     grades = grades_of(settings)
@@ -101,12 +93,6 @@ def searched(encoder: Any, products: pa.Table, judgments: pa.Table, *, top: int,
             for row, places, given in zip(own.to_pylist(), found, scores, strict=True)
         ]
     return pa.concat_tables(tables).combine_chunks()
-
-
-def negatives_of(candidates: pa.Table, judgments: pa.Table, grades: Grades, *, judged: pa.Table | None = None) -> tuple[pa.Table, Mined]:
-    """Return what a stage learns from: all judged negatives, and as many mined ones as leave them at least half."""
-    found = classify(candidates, judgments, grades=grades, judged=judged)
-    return mixed(found.rows, judgments, grades), found
 
 
 def mixed(mined: pa.Table, judgments: pa.Table, grades: Grades) -> pa.Table:

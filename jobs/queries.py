@@ -45,7 +45,7 @@ def written(settings: Settings, request: QueryRequest, out: Path) -> dict[str, i
         raise InputError(f"the products have no column `{request.category}` for --category; they have {', '.join(products.column_names)}.")
     chosen = products
     if request.most is not None and request.most < products.num_rows:
-        keys = keys_of(f"write {request.seed}"[:16], products["locale"], products["product_id"])
+        keys = keys_of(f"write {request.seed}", products["locale"], products["product_id"])
         chosen = products.take(pa.array(np.sort(np.argsort(keys, kind="stable")[: request.most])))
     found = _writer(settings, request, products).write(chosen)
     if not found.num_rows:

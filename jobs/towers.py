@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from encoder.records import bad_record, parse_record, read_record
 from encoder.registry import CARD, RECORD, TowerCard, read_card
 from jobs.inspect import generations
-from jobs.material import bad_record, parsed_record, record_of
 from jobs.nightly import open_store, tower_options
 from jobs.settings import Settings
-from pipelines.layout import printable
+from pipelines.layout import printable_lines
 from pipelines.storage import Store
 
 
@@ -74,21 +74,16 @@ def towers_text(found: Sequence[KnownTower]) -> str:
     return printable_lines(lines) if lines else "no tower yet. `catalog-embed run` installs the configured one, `train` makes another.\n"
 
 
-def printable_lines(lines: Sequence[str]) -> str:
-    """Return lines for a terminal: what came from a file cannot steer it."""
-    return "".join(f"{printable(line)}\n" for line in lines)
-
-
 def _of_store(store: Store) -> Iterator[tuple[TowerCard, str, Mapping[str, Any] | None]]:
     for info in store.list("towers"):
         folder, _, name = info.key.rpartition("/")
         if name == CARD and folder.count("/") == 1:
             record = store.get(f"{folder}/{RECORD}") if store.head(f"{folder}/{RECORD}") else None
-            yield TowerCard.from_json(store.get(info.key)), store.uri(folder), parsed_record(record, store.uri(folder))
+            yield TowerCard.from_json(store.get(info.key)), store.uri(folder), parse_record(record, store.uri(folder))
 
 
 def _of_folder(settings: Settings, directory: Path) -> tuple[TowerCard, str, Mapping[str, Any] | None]:
-    return read_card(directory, tower_options(settings)), str(directory), record_of(directory)
+    return read_card(directory, tower_options(settings)), str(directory), read_record(directory)
 
 
 def _summary(record: Mapping[str, Any] | None, place: str) -> Mapping[str, Any] | None:

@@ -12,6 +12,7 @@ Killed, it goes on where it was; a stage that is done is not done again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,9 +26,10 @@ import pyarrow.parquet as pq
 
 from encoder.contenders import BM25
 from encoder.curves import METRICS
-from encoder.examples import NEGATIVES, Grades
+from encoder.examples import NEGATIVES
 from encoder.gathering import World, alone
 from encoder.inference import EncodeOptions, Encoder
+from encoder.mining import classify
 from encoder.recipes import Done, Material, Mine, Recipe, Stage, Tell, follow, table_digest
 from encoder.registry import RECORD, TowerCard, export_tower, read_card
 from encoder.relevance import judgments_digest
@@ -37,7 +39,7 @@ from jobs.cluster import connected
 from jobs.evaluate import EvalRequest, Measured, measured, split_by
 from jobs.fleet import on_workers
 from jobs.material import grades_of, judgments_of, made_folder, products_of, read_table
-from jobs.mine import VERDICTS, mixed, negatives_of, searched
+from jobs.mine import VERDICTS, mixed, searched
 from jobs.nightly import tower_directory, tower_options
 from jobs.recipes import load_recipe
 from jobs.settings import Settings
@@ -54,7 +56,7 @@ _SHOWN = (CHOSEN_BY, "recall_E@10", "recall_E+S@10", "auc_E+S|C+I")
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """What a person asks for. `data` are more projects to learn from: their configurations, with judgments of their own."""
+    """What a person asks for."""
 
     recipe: str
     target: Path
@@ -62,7 +64,6 @@ class Lesson:
     base: Path | None = None
     judgments: Path | None = None
     queries: Path | None = None
-    data: Sequence[Path] = ()
     stages: Sequence[str] = ()
     mined: Path | None = None
     judged: Path | None = None
@@ -92,15 +93,14 @@ class Trained:
 
 def train_tower(settings: Settings, lesson: Lesson, *, others: Sequence[Settings] = (), tell: Tell | None = None) -> Trained:
     """Train a tower by a recipe, and export it to `lesson.target`."""
-    grades = grades_of(settings)
-    recipe = _recipe(settings, lesson, grades)
+    recipe = _recipe(settings, lesson)
     _check_target(lesson.target)
     base = tower_directory(settings, lesson.base)
     read_card(base)
     work = made_folder((lesson.work or lesson.target.with_name(f"{lesson.target.name}.work")).resolve())
     mined, judged = _brought(lesson, recipe, among_others=bool(others))
     material, test, facts = gather(settings, lesson, by=_split(base, recipe), others=others)
-    school = School(recipe=recipe, material=material, base=base, work=work, device=lesson.device, mined=mined, judged=judged, grades=grades)
+    school = School(recipe=recipe, material=material, base=base, work=work, device=lesson.device, mined=mined, judged=judged)
     if lesson.workers > 1:
         with connected(settings.ray.address):
             on_workers(school.attend, lesson.workers, work=work)
@@ -138,7 +138,6 @@ class School:
     device: str
     mined: pa.Table | None
     judged: pa.Table | None
-    grades: Grades
 
     def attend(self, world: World, tell: Tell | None = None) -> None:
         """Follow the recipe as one process of `world`; the leading one writes down what was done."""
@@ -166,15 +165,17 @@ class School:
 
         def mine(tower: Path, stage: Stage) -> pa.Table:
             if self.mined is not None:
-                return mixed(self.mined, self.material.train, self.grades)
+                return mixed(self.mined, self.material.train, self.recipe.grades)
             fingerprint = read_card(tower).fingerprint
-            path = self.work / stage.name / f"mined-{fingerprint[:16]}.parquet"
+            brought = table_digest(self.judged) if self.judged is not None else ""
+            asked = hashlib.sha256(f"{fingerprint}:{self.material.digest}:{brought}".encode()).hexdigest()
+            path = self.work / stage.name / f"mined-{asked[:16]}.parquet"
             if world.leads and not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 encoder = Encoder(tower, options=EncodeOptions(device=self.device))
                 found = searched(encoder, self.material.products, self.material.train, top=_TOP, tower=fingerprint)
-                negatives, _ = negatives_of(found, self.material.train, self.grades, judged=self.judged)
-                pq.write_table(negatives, path.with_suffix(".new"))
+                sorted_out = classify(found, self.material.train, grades=self.recipe.grades, judged=self.judged)
+                pq.write_table(mixed(sorted_out.rows, self.material.train, self.recipe.grades), path.with_suffix(".new"))
                 path.with_suffix(".new").rename(path)
             world.barrier()
             return pq.read_table(path)
@@ -256,8 +257,8 @@ def _cell(cell: Cell) -> str:
     return f"{mean:.3f} {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
 
 
-def _recipe(settings: Settings, lesson: Lesson, grades: Grades) -> Recipe:
-    recipe = load_recipe(lesson.recipe, grades=grades, stages=lesson.stages)
+def _recipe(settings: Settings, lesson: Lesson) -> Recipe:
+    recipe = load_recipe(lesson.recipe, grades=grades_of(settings), stages=lesson.stages)
     if recipe.max_tokens is None:  # as long as the texts that will be embedded
         recipe = replace(recipe, max_tokens=settings.tower.max_tokens)
     if lesson.seed is not None:

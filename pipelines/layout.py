@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from pipelines.errors import InputError
 
@@ -12,6 +13,11 @@ _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 def printable(text: str) -> str:
     """Show catalog text without letting it move the cursor, forge a line or reorder what is read."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def printable_lines(lines: Iterable[str]) -> str:
+    """Return lines for a terminal: what came from a file cannot steer it."""
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def short(text: str, characters: int) -> str:

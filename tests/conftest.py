@@ -73,3 +73,14 @@ def two_nights(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> P
     from tests.jobs.commands import make_two_nights
 
     return make_two_nights(tmp_path_factory.mktemp("two-nights"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for torch: other numbers of them add in another order, and tiny matrices gain nothing from more."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -92,7 +92,7 @@ FLOORS: list[list[str]] = [
         "encoder.augment",
         "encoder.synthetic",
     ],
-    ["encoder.examples"],
+    ["encoder.examples", "encoder.records"],
     ["encoder.registry"],
     ["encoder.layout"],
     ["encoder.architectures"],

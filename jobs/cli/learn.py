@@ -60,7 +60,7 @@ def train(obj: dict[str, Any], /, recipe: str, out: Path, data: tuple[Path, ...]
 
     settings = settings_of(obj, ray__address=ray_address)
     others = [load(path) for path in data]
-    found = train_tower(settings, Lesson(recipe=recipe, target=out, data=data, **how), others=others, tell=steps_told(quiet=obj["quiet"]))
+    found = train_tower(settings, Lesson(recipe=recipe, target=out, **how), others=others, tell=steps_told(quiet=obj["quiet"]))
     say({"fingerprint": found.card.fingerprint, "directory": str(found.directory), **found.record}, trained_text(found), output)
 
 
@@ -129,7 +129,8 @@ def mine(obj: dict[str, Any], /, out: Path, output: str, **how: Any) -> None:
     from jobs.mine import mine as mined
 
     made_folder(out)
-    found = mined(settings_of(obj), MineRequest(**how))
+    tell = None if obj["quiet"] else lambda done, total: click.echo(f"mine  {done:,} of {total:,} queries", err=True)
+    found = mined(settings_of(obj), MineRequest(**how), tell=tell)
     written = found.write(out)
     counts = {**found.mined.counts, "unknown": found.unknown.num_rows, "candidates": found.candidates.num_rows}
     lines = [f"mined {found.generation}\n", *(f"  {name.replace('_', ' '):<24} {count:>10,}\n" for name, count in counts.items())]

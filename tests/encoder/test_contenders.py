@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder.contenders import BM25, Arena, Contender, held_pairs
+from encoder.contenders import BM25, Arena, Contender
 from encoder.errors import EncoderError
 from encoder.evaluation import Measures
 from encoder.examples import JUDGMENTS, PRODUCTS, Grades, keys_of
@@ -157,8 +157,7 @@ def test_fusion_adds_what_ranks_or_scores_give_and_has_no_score_of_a_pair(seed: 
     assert all(evaluation.per_query[name].null_count == len(evaluation.per_query) for name in aucs)
     assert evaluation.pooled == dict.fromkeys(aucs)
     assert evaluation.metrics == parts[0].system.evaluation.metrics, "a board needs the same metrics of all systems"
-    with pytest.raises(EncoderError, match="both is several systems fused"):
-        held_pairs(arena, found)
+    assert found.scores_N is None, "several systems have no common score of a pair"
 
 
 def test_a_product_of_another_locale_is_neither_found_nor_judged() -> None:
@@ -219,5 +218,5 @@ def test_contenders_of_one_arena_stand_on_one_board() -> None:
     board = scoreboard(systems, baseline="drawn", bootstrap=BootstrapOptions(resamples=50))
     assert list(board.systems) == [BM25, "drawn", "both"]
     assert b"NaN" not in board.to_json()
-    scores, grades = held_pairs(arena, drawn)
-    assert len(scores) == len(grades) == arena.judgments.num_rows
+    assert drawn.scores_N is not None
+    assert len(drawn.scores_N) == arena.judgments.num_rows

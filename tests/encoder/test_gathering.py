@@ -24,6 +24,8 @@ from encoder.objectives import Objective
 from encoder.trainable import Trainable
 from tests.towers import WORDS, tiny_tower
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = 2
 # The second process has fewer queries, fewer documents, and grades of another kind: every count differs.
 QUERIES = (5, 2)
@@ -113,14 +115,6 @@ def child(folder: Path, rank: int) -> None:
     save_file({"lonely": lonely.grad}, folder / f"lonely-{rank}")
     assert unused.grad is None
     torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

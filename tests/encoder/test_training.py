@@ -36,6 +36,8 @@ from tests.encoder.test_gathering import batch_of
 from tests.tower_tokenizers import Kind
 from tests.towers import sentences, tiny_tower
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 6
 OBJECTIVE = Objective(parts={"infonce": 1.0, "roar": 0.1}, tau=0.05, tau_a=0.05)
 OPTIONS = TrainOptions(steps=STEPS, lr=1e-3, log_every=1, save_every=2, keep=2, chunk_texts=8)
@@ -62,15 +64,6 @@ def without_speed(work: Path) -> list[dict[str, Any]]:
 
 def cosines(left: Any, right: Any) -> Any:
     return (np.asarray(left) * np.asarray(right)).sum(1)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    # Tiny matrices gain nothing from more, and lose much where other tests run beside.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

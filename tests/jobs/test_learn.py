@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
 
 from encoder.registry import RECORD, read_card
@@ -30,7 +29,7 @@ from pipelines.stores import lance
 from tests.jobs.commands import HOSTILE, LIVE, SECOND, THIRD, Command, commands, store_of
 from tests.shops import configure
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("one_thread", "ray_cluster")
 
 STEPS = 4
 # So fast that a few steps move a tiny tower visibly.
@@ -41,15 +40,6 @@ STAGE = {
     "train": {"steps": STEPS, "lr": 0.003, "save_every": 2, "log_every": 1},
 }
 QUICK = ("--pool", 20, "--device", "cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Any:
-    # Bytes are compared, and another number of threads adds in another order.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def copied(two_nights: Path, folder: Path) -> Path:
@@ -200,6 +190,23 @@ def test_more_projects_add_their_products_and_mined_documents_still_find_theirs(
     assert (refused.code, "one scale is learned at a time" in refused.err) == (2, True)
 
 
+def test_other_judgments_in_one_work_folder_are_mined_anew(config: Path) -> None:
+    hard = STAGE | {"name": "hard", "batch": {"queries": 8, "documents": 4, "mined": True}, "train": {"steps": 2, "lr": 0.003}}
+    (config.parent / "hard.yaml").write_text(yaml.safe_dump({"stages": [hard]}))
+
+    def trained(name: str, work: str) -> str:
+        lesson = Lesson(
+            recipe=str(config.parent / "hard.yaml"), target=config.parent / name, work=config.parent / work, pool=0, device="cpu"
+        )
+        return train_tower(load(config), lesson).card.fingerprint
+
+    first = trained("first", "work")
+    put(config, grade=["I" if grade in "CS" else grade for grade in judged_of(config)["grade"].to_pylist()])
+    second = trained("second", "work")
+    assert second != first
+    assert second == trained("third", "elsewhere"), "what was mined by the grades of before is not taken for today's"
+
+
 # From the tower to the readers, and back.
 
 
@@ -276,7 +283,7 @@ def test_a_record_that_cannot_be_understood_is_told_in_words(ask: Command, taugh
 def test_mining_for_another_tower_is_refused_before_anything_is_read(ask: Command, taught: Path) -> None:
     refused = ask("mine", "--out", "mined", "--tower", taught.parent / "first", "--judgments", "nowhere.parquet")
     assert refused.code == 2
-    assert f"{SECOND} was made by the tower {fingerprint_of(load(taught))[:12]}" in refused.err
+    assert f"The index was made by the tower {fingerprint_of(load(taught))[:12]}" in refused.err
     assert "nowhere" not in refused.err
 
 
