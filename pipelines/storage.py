@@ -10,12 +10,13 @@ import contextlib
 import hashlib
 import re
 import secrets
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -45,9 +46,19 @@ _CLIENT_OPTIONS = _CLIENT_FLAGS | {
 }
 # obstore ends every request after 30 s unless told otherwise, which a healthy read of a large file exceeds.
 _CLIENT_DEFAULTS = {"connect_timeout": "10s", "read_timeout": "120s", "timeout": "1h"}
-_RETRY = {"max_retries": 5, "retry_timeout": timedelta(minutes=3)}
+# A store that says SlowDown may say so for many seconds. obstore draws each pause between 0.1 s and `base` times the last
+# one, so that with its own base of 2 the pauses hardly grow: ten retries were over after 2.3 s; with 3 they take about 20.
+_RETRY = {"max_retries": 10, "retry_timeout": timedelta(minutes=3), "backoff": {"base": 3}}
+# obstore repeats a request that failed or got no answer, but not one whose answer broke off: that is left to us.
+_BROKEN_OFF = "request or response body error"
+# What is left of a multi-part upload whose last answer broke off: obstore abandons it, and finds that it is complete.
+_ABANDONED = "Error performing DELETE"
+_PAUSES_S = (0.1, 0.5, 2.0)
 _PARALLEL_HEADS = 16
 _LIST_FROM = 64  # above this many objects of one folder, a listing (1,000 a request) is cheaper than asking for each
+
+
+T = TypeVar("T")
 
 
 class Store:
@@ -275,16 +286,18 @@ class Bucket:
             raise InputError(
                 f"{self.uri(key)}: {size} bytes exceed {limit}, the limit of put-if-absent. Use `put`, under a key of this run."
             )
-        sha = hashlib.sha256()
         with self._explained("write", key), step(self._faults, f"put:{key_class(key)}"):
             if isinstance(data, Path) and size > CHUNK_BYTES and not create:
-                counted = _Counted()
-                obstore.put(self._store, key, counted.through(pieces(data), sha))
-                return counted.size, sha.hexdigest()
+                return _repeated(lambda: self._uploaded(key, data), signs=(_BROKEN_OFF, _ABANDONED))
             content = data.read_bytes() if isinstance(data, Path) else data
-            sha.update(content)
             obstore.put(self._store, key, content, mode="create" if create else "overwrite", use_multipart=False)
-        return len(content), sha.hexdigest()
+        return len(content), hashlib.sha256(content).hexdigest()
+
+    def _uploaded(self, key: str, path: Path) -> Digest:
+        """Store a large file in parts."""
+        sha, counted = hashlib.sha256(), _Counted()
+        obstore.put(self._store, key, counted.through(pieces(path), sha))
+        return counted.size, sha.hexdigest()
 
     def chunks(self, key: str) -> Iterator[bytes]:
         """Stream the object from its start."""
@@ -300,8 +313,8 @@ class Bucket:
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield every object below the folder `prefix`."""
         with self._explained("list", prefix):
-            for page in obstore.list(self._store, prefix or None):
-                yield from (ObjectInfo(key=item["path"], size=item["size"], modified=item["last_modified"]) for item in page)
+            found = _repeated(lambda: [item for page in obstore.list(self._store, prefix or None) for item in page])
+        yield from (ObjectInfo(key=item["path"], size=item["size"], modified=item["last_modified"]) for item in found)
 
     def head(self, key: str) -> ObjectInfo | None:
         """Return size and time, or None when there is no object."""
@@ -316,7 +329,7 @@ class Bucket:
         """Remove the object if it is there."""
         # S3 says yes to a missing key, GCS and Azure say no; ours is yes.
         with contextlib.suppress(NotFound), self._explained("delete", key), step(self._faults, f"delete:{key_class(key)}"):
-            obstore.delete(self._store, key)
+            _repeated(lambda: obstore.delete(self._store, key))
 
     @contextlib.contextmanager
     def _explained(self, verb: str, key: str) -> Iterator[None]:
@@ -344,6 +357,18 @@ class Bucket:
             first = first.replace(secret, "***")
         first = re.sub(r"\?\S*", "", re.sub(r"(\w+://)[^/@\s]*@", r"\1", first))[:400]
         return first if first.endswith(".") else f"{first}."
+
+
+def _repeated(work: Callable[[], T], *, signs: tuple[str, ...] = (_BROKEN_OFF,)) -> T:
+    """Do what may be done twice, and again where the answer broke off."""
+    for pause_s in _PAUSES_S:
+        try:
+            return work()
+        except (obstore_errors.BaseError, OSError) as error:
+            if not any(sign in str(error) for sign in signs):
+                raise
+        time.sleep(pause_s)
+    return work()
 
 
 class _Counted:

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,33 @@ def fetch(store: Store, objects: Sequence[ManifestObject], cache: Path | None = 
     if target.is_dir() and _intact(target, objects, prefix):
         return target
     return _download(store, objects, prefix, target)
+
+
+def bring(url: str, options: Mapping[str, str], cache: Path | None = None) -> Path:
+    """Return a local directory with the tower that a bucket holds below an address, copied once for each machine.
+
+    What is listed there names the copy, so that a tower that is exported anew to the same address is copied anew.
+    """
+    store = Store.open(url, options=options)
+    found = list(store.list())
+    if not found:
+        raise InputError(f"`tower.path` {url} holds no file. Copy the tower's directory there, or name the folder that holds it.")
+    lines = [f"{url} {item.key} {item.size} {item.modified}" for item in found]
+    target = machine_folder(cache) / f"brought-{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:32]}"
+    if target.is_dir():
+        return target
+    own = target.parent / f".{target.name}-{secrets.token_hex(8)}"
+    try:
+        for item in found:
+            _copy(store, item.key, item.size, own / item.key)
+        # Another process of this machine may be first, with the same files.
+        with contextlib.suppress(OSError):
+            own.rename(target)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    if not target.is_dir():
+        raise InputError(f"cannot keep a copy of {url} at {target}. Check the space and the rights there, or set TMPDIR.")
+    return target
 
 
 def open_encoder(directory: Path, *, tower: TowerOptions, fingerprint: str, calibrate: bool = False, **how: Any) -> Any:
@@ -144,10 +171,7 @@ def _download(store: Store, objects: Sequence[ManifestObject], prefix: str, targ
     try:
         for item in objects:
             path = own / item.key.removeprefix(f"{prefix}/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                for start in range(0, item.size, _PIECE_BYTES):
-                    file.write(store.get_range(item.key, start=start, length=min(_PIECE_BYTES, item.size - start)))
+            _copy(store, item.key, item.size, path)
             if (found := _sha256(path)) != item.sha256:
                 raise CorruptObject(f"{store.uri(item.key)}: expected sha256 {item.sha256}, found {found}. Install the tower again.")
         if target.exists() and not _intact(target, objects, prefix):
@@ -163,6 +187,14 @@ def _download(store: Store, objects: Sequence[ManifestObject], prefix: str, targ
         for leftover in (own, own.with_suffix(".damaged")):
             shutil.rmtree(leftover, ignore_errors=True)
     return target
+
+
+def _copy(store: Store, key: str, size: int, path: Path) -> None:
+    """Write an object to a new file, piece by piece."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        for start in range(0, size, _PIECE_BYTES):
+            file.write(store.get_range(key, start=start, length=min(_PIECE_BYTES, size - start)))
 
 
 def _sha256(path: Path) -> str:

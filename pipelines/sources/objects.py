@@ -20,6 +20,8 @@ from pipelines.sources.spec import suggest
 
 S3 = "s3://"
 _OPTIONS = ("endpoint", "region", "access_key_id", "secret_access_key", "session_token", "allow_http", "anonymous")
+# Arrow tries 3 times in 2 s and waits 1 s for a connection. Seven tries last through about 20 s of SlowDown (measured: 23 s; eight take a minute).
+_TRIES, _CONNECT_S, _SILENT_S = 7, 10, 60
 # A bucket answers a HEAD in tens of milliseconds, mostly waiting.
 _HEADS_AT_ONCE = 16
 _WILD = re.compile(r"[*?\[]")
@@ -70,6 +72,9 @@ def _connect(options: tuple[tuple[str, str], ...]) -> fs.FileSystem:
         "secret_key": given.get("secret_access_key"),
         "session_token": given.get("session_token"),
         "region": given.get("region"),
+        "connect_timeout": _CONNECT_S,
+        "request_timeout": _SILENT_S,
+        "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=_TRIES),
         "anonymous": given.get("anonymous", "").lower() == "true",
     }
     if host:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pipelines import storage
 from pipelines.errors import AlreadyExists, CatalogEmbedError, StoreError
 from pipelines.publish import current, history, open_manifest, publish, rollback, write_generation
 from pipelines.storage import Store
@@ -33,7 +34,8 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def proxied(s3: S3Server) -> Iterator[tuple[Store, Proxy]]:
+def proxied(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, Proxy]]:
+    monkeypatch.setattr(storage, "_RETRY", {"max_retries": 3})  # what fails for good fails soon
     with Proxy(s3.endpoint).running() as proxy:
         yield Store.open(f"s3://{s3.bucket()}/p", options={**s3.options, "endpoint": proxy.endpoint}), proxy
 

@@ -14,7 +14,7 @@ from encoder.engine import Pace
 from encoder.registry import TowerCard, TowerOptions, read_card
 from pipelines.errors import CorruptObject, InputError
 from pipelines.storage import Store
-from pipelines.towers import fetch, install, open_encoder
+from pipelines.towers import bring, fetch, install, open_encoder
 from tests.towers import tiny_tower
 
 if TYPE_CHECKING:
@@ -113,3 +113,20 @@ def test_a_tower_is_opened_at_the_pace_that_is_kept_or_tried_where_it_pays(tmp_p
     assert open_encoder(place, **opened, calibrate=True).token_budget == 777
     assert open_encoder(place, **opened).token_budget == 777
     assert open_encoder(place, **opened, lanes=1).token_budget == 1024
+
+
+def test_a_tower_in_a_bucket_is_brought_once_and_again_when_it_changes(tmp_path: Path, tower: tuple[Path, TowerCard], s3: S3Server) -> None:
+    directory, card = tower
+    url, cache = f"s3://{s3.bucket()}/towers/shop", tmp_path / "cache"
+    with pytest.raises(InputError, match=r"tower\.path.*holds no file"):
+        bring(url, s3.options, cache)
+    store = Store.open(url, options=s3.options)
+    for path in directory.rglob("*"):
+        if path.is_file():
+            store.put(str(path.relative_to(directory)), path)
+    brought = bring(url, s3.options, cache)
+    assert read_card(brought, TowerOptions(template_digest="t")).fingerprint == card.fingerprint
+    assert bring(url, s3.options, cache) == brought
+    assert list(cache.iterdir()) == [brought]
+    store.put("README.md", b"exported anew")
+    assert bring(url, s3.options, cache) != brought

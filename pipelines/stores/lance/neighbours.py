@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.stores.lance.opening import explained
+from pipelines.stores.lance.opening import engine_options, explained
 
 
 def as_lancedb(uri: str, *, version: int, options: Mapping[str, str]) -> Any:
@@ -14,6 +14,6 @@ def as_lancedb(uri: str, *, version: int, options: Mapping[str, str]) -> Any:
 
     folder, _, name = uri.rpartition("/")
     with explained("open through LanceDB", uri):
-        table = lancedb.connect(folder, storage_options=dict(options) or None).open_table(name.removesuffix(".lance"))
+        table = lancedb.connect(folder, storage_options=engine_options(uri, options)).open_table(name.removesuffix(".lance"))
         table.checkout(version)
     return table

@@ -17,7 +17,7 @@ from pipelines.errors import CorruptObject, StoreError
 from pipelines.manifest import ManifestObject, TablePin
 from pipelines.storage import Store
 from pipelines.stores.lance.digest import DIGESTED, rows_digest
-from pipelines.stores.lance.opening import explained, open_table
+from pipelines.stores.lance.opening import explained, open_table, steady
 from pipelines.stores.lance.reading import read_rows
 
 ROLE = "table"
@@ -75,23 +75,33 @@ def move_tag(uri: str, *, tag: str, version: int, options: Mapping[str, str]) ->
     """Make a tag name this version, so that no sweep removes it."""
     dataset = open_table(uri, options=options)
     with explained(f"tag version {version} of", uri):
-        if tag in dataset.tags.list():
-            dataset.tags.update(tag, version)
-        else:
-            dataset.tags.create(tag, version)
+        try:
+            if tag in steady(dataset.tags.list):
+                dataset.tags.update(tag, version)
+            else:
+                dataset.tags.create(tag, version)
+        except (OSError, ValueError):
+            # Where the answer was lost, Lance's own second try meets the tag that the first one made.
+            found = steady(dataset.tags.list).get(tag)
+            if found is None or found["version"] != version:
+                raise
 
 
 def untag(uri: str, tag: str, options: Mapping[str, str]) -> None:
     """Remove a tag; one that is not there is no error."""
     dataset = open_table(uri, options=options)
-    with explained("remove a tag of", uri):
+
+    def remove() -> None:
         if tag in dataset.tags.list():
             dataset.tags.delete(tag)
+
+    with explained("remove a tag of", uri):
+        steady(remove)
 
 
 def _paths(dataset: Any) -> Iterable[str]:
     """Return the files that this version needs, relative to the table."""
-    files = dataset.tracked_files(min_version=dataset.version).read_all()
+    files = steady(lambda: dataset.tracked_files(min_version=dataset.version).read_all())
     rows = zip(*(files.column(name).to_pylist() for name in ("version", "type", "path")), strict=True)
     return {path for version, kind, path in rows if version == dataset.version and kind in _NEEDED}
 

@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from pipelines.stores.lance.opening import explained, open_table
+from pipelines.stores.lance.opening import explained, open_table, steady
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +25,17 @@ def sweep(uri: str, *, keep_versions: AbstractSet[int], older_than: timedelta, o
     """
     dataset = open_table(uri, options=options)
     with explained("sweep", uri):
-        tagged = {tag["version"] for tag in dataset.tags.list().values()}
+        tagged = {tag["version"] for tag in steady(dataset.tags.list).values()}
         before = datetime.now(UTC) - older_than
-        versions = {item["version"]: item["timestamp"].astimezone(UTC) for item in dataset.versions()}
+        versions = {item["version"]: item["timestamp"].astimezone(UTC) for item in steady(dataset.versions)}
         kept = {*keep_versions, *tagged, dataset.version}
         goes = sorted(version for version, moment in versions.items() if version not in kept and moment < before)
         if not goes:
             return SweepResult(versions_removed=(), bytes=0)
         if dry_run:
-            stats = dataset.explain_cleanup_old_versions(versions=goes, error_if_tagged_old_versions=False).stats
+            stats = steady(lambda: dataset.explain_cleanup_old_versions(versions=goes, error_if_tagged_old_versions=False).stats)
         else:
-            stats = dataset.cleanup_old_versions(versions=goes, error_if_tagged_old_versions=False)
+            stats = steady(lambda: dataset.cleanup_old_versions(versions=goes, error_if_tagged_old_versions=False))
     return SweepResult(versions_removed=tuple(goes), bytes=int(stats.bytes_removed))
 
 
@@ -44,6 +44,6 @@ def stray_tags(uri: str, *, keep: AbstractSet[str], older_than: timedelta, optio
     dataset = open_table(uri, options=options)
     with explained("list the tags of", uri):
         before = datetime.now(UTC) - older_than
-        moments = {item["version"]: item["timestamp"].astimezone(UTC) for item in dataset.versions()}
-        tags = {name: tag["version"] for name, tag in dataset.tags.list().items()}
+        moments = {item["version"]: item["timestamp"].astimezone(UTC) for item in steady(dataset.versions)}
+        tags = {name: tag["version"] for name, tag in steady(dataset.tags.list).items()}
     return tuple(sorted(name for name, version in tags.items() if name not in keep and version in moments and moments[version] < before))

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pipelines.errors import InputError, StoreError
 from pipelines.hashes import vids
 from pipelines.schema import ID, ID_HASH, TEXT_HASH, VECTOR, VECTOR_INDEXES, VID
-from pipelines.stores.lance.opening import STORAGE_VERSION, Line, explained, first_line, latest, open_table
+from pipelines.stores.lance.opening import STORAGE_VERSION, Line, engine_options, explained, first_line, latest, open_table, steady
 
 Metric = Literal["cosine", "dot"]
 
@@ -91,15 +91,15 @@ def restore(uri: str, *, version: int | None, options: Mapping[str, str]) -> int
     """
     dataset = latest(uri, options=options)
     if version is None:
-        if dataset is not None and not dataset.tags.list():
+        if dataset is not None and not steady(dataset.tags.list):
             with explained("remove the unpublished", uri):
-                lance.LanceDataset.drop(uri, storage_options=dict(options) or None)
+                steady(lambda: lance.LanceDataset.drop(uri, storage_options=engine_options(uri, options)))
         return None
     if dataset is not None and dataset.version == version:
         return version
     pinned = open_table(uri, version=version, options=options)
     with explained(f"restore version {version} of", uri):
-        pinned.restore()
+        steady(pinned.restore)
     return int(pinned.version)
 
 
@@ -115,7 +115,9 @@ def commit_build(uri: str, fragments: Sequence[str], spec: TableSpec, options: M
     with explained("commit a build of", uri):
         parts = [lance.FragmentMetadata.from_json(fragment) for fragment in fragments]
         operation = lance.LanceOperation.Overwrite(spec.stored, parts)
-        dataset = lance.LanceDataset.commit(uri, operation, storage_options=dict(options) or None, enable_v2_manifest_paths=True)
+        told = engine_options(uri, options)
+        # Twice the same build is the same table.
+        dataset = steady(lambda: lance.LanceDataset.commit(uri, operation, storage_options=told, enable_v2_manifest_paths=True))
         keys = _Keys(uri)
         for batch in dataset.scanner(columns=[ID_HASH]).to_batches():
             keys.admit(batch.column(0))
@@ -201,7 +203,7 @@ def _write(uri: str, tables: Iterable[pa.Table], spec: TableSpec, options: Mappi
             max_rows_per_file=_FILE_ROWS,
             max_bytes_per_file=_FILE_BYTES,
             data_storage_version=STORAGE_VERSION,
-            storage_options=dict(options) or None,
+            storage_options=engine_options(uri, options),
         )
     return [json.dumps(fragment.to_json()) for fragment in written]
 
