@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.inspect import quarantined
 from jobs.logs import event
-from jobs.nightly import Night, fingerprint_of, open_store
+from jobs.nightly import Night, Work, fingerprint_of, open_source_of, open_store, started
+from jobs.records import Record
 from jobs.settings import Settings
+from pipelines.build import Embedded
 from pipelines.diff import Selection
-from pipelines.errors import InputError
+from pipelines.errors import InputError, SourceMoved
+from pipelines.generation import leased
 from pipelines.hashes import id_hashes
 from pipelines.manifest import Manifest
+from pipelines.normalize.reasons import REASONS
 from pipelines.publish import current, open_manifest
-from pipelines.schema import ADD, ID, ID_HASH, VID
+from pipelines.report import LATE_REASONS
+from pipelines.schema import ADD, ID, ID_HASH, REASON, VID
 from pipelines.storage import Store
 from pipelines.stores.lance import TableSearcher, take
 from pipelines.where import parse_where
 from pipelines.window import resolve
 
-Reason = Literal["missing", "failed", "all"]
+# Longer than any night that goes first.
+_JOIN_WAIT = timedelta(days=2)
+_MOST_PLANS = 100
+
+REASONS_ASKED = ("missing", "failed", "all")
+# Why a product can be quarantined: each may be what a backfill mends.
+CODES = (*(code for code, reason in REASONS.items() if reason.action == "quarantine"), *LATE_REASONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +48,8 @@ class Choice:
     ids: Sequence[str] = ()
     since: str | None = None
     until: str | None = None
-    reason: Reason | None = None
+    # One of REASONS_ASKED, or the code of one reason.
+    reason: str | None = None
     tower: Path | None = None
 
     def __post_init__(self) -> None:
@@ -45,13 +58,53 @@ class Choice:
             raise InputError(f"--{chosen[0]} and --{chosen[1]} say two things about which products are meant. Give one of them.")
         if not chosen and not self.dated and self.tower is None:
             raise InputError("a backfill needs to know of what: give --where, --ids, --from/--to, --reason or --tower.")
+        if self.reason is not None and self.reason not in (*REASONS_ASKED, *CODES):
+            raise InputError(
+                f"--reason `{self.reason[:60]}` is none of {', '.join(REASONS_ASKED)}, nor a code of docs/operations.md: {', '.join(CODES)}."
+            )
         if self.tower is not None and (chosen or self.dated):
             raise InputError("another tower embeds the whole catalog: give --tower alone.")
+
+    @property
+    def digest(self) -> str:
+        """Hash the words, so that the same ones are known again."""
+        return hashlib.sha256(repr((self.where, sorted(set(self.ids)), self.since, self.until, self.reason)).encode()).hexdigest()
 
     @property
     def dated(self) -> bool:
         """Whether only products of some dates are meant."""
         return self.since is not None or self.until is not None
+
+
+def run_backfill(settings: Settings, night: Night) -> Record:
+    """Embed what was chosen beside whoever publishes, then join: plan again under the table's lease, from what is paid for by then.
+
+    While it embeds, a run that writes goes first, and so does a person's `pause`.
+    """
+    with started(settings, night, ahead=True) as work:
+        embedded = _embedded(settings, night, work)
+        with leased(work.options, work.record.run_id, wait=_JOIN_WAIT, tell=work.record.waits) as lease:
+            joined = replace(work, lease=lease, source=open_source_of(settings))
+            joined.finish(*joined.plan(settings, night), ahead=embedded)
+    return work.record
+
+
+def _embedded(settings: Settings, night: Night, work: Work) -> Embedded | None:
+    """Embed ahead; where the catalog changes meanwhile plan again, as often as nights come while a long backfill works."""
+    made: Embedded | None = None
+    for number in range(1, _MOST_PLANS + 1):
+        (folder := work.folder / f"ahead-{number}").mkdir()
+        ahead = replace(work, folder=folder, source=open_source_of(settings))
+        more = ahead.embed(*ahead.plan(settings, night), number=number)
+        if more is None:
+            return made
+        made = more.after(made) if made else more
+        if not more.moved:
+            return made
+        work.record.recorder.event("backfill.replans", why=more.moved)
+    raise SourceMoved(
+        f"the catalog changed {_MOST_PLANS} times while it was read. Run again when it rests: vectors that are made are kept."
+    )
 
 
 def chosen(settings: Settings, choice: Choice, night: Night) -> Night:
@@ -63,7 +116,9 @@ def chosen(settings: Settings, choice: Choice, night: Night) -> Night:
             raise InputError(f"{live[1].generation} was made by this very tower. To embed everything again, give --reason all.")
         return replace(night, since="beginning", tower=tower)
     until = _until(settings, choice, now=night.now or datetime.now(tz=UTC)) if choice.dated else None
-    return replace(night, since=choice.since or "beginning", until=until, selection=_selection(settings, choice))
+    selection = _selection(settings, choice)
+    intent = choice.digest if selection.again else None
+    return replace(night, since=choice.since or "beginning", until=until, selection=selection, intent=intent)
 
 
 def _until(settings: Settings, choice: Choice, *, now: datetime) -> datetime:
@@ -91,10 +146,15 @@ def _selection(settings: Settings, choice: Choice) -> Selection:
     if live is None:
         raise InputError("nothing is published yet, so there is nothing to fill in. Run `catalog-embed run` first.")
     store, manifest = live
-    if choice.reason == "failed":
+    if choice.reason is not None:
         # A row that failed has no vector, so it is missing from the index, unless a later run has mended it.
-        ids = {name for _, rows in quarantined(store, manifest) for name in rows.column(ID).to_pylist() if name is not None}
-        found, what = Selection(id_hashes=_hashed(sorted(ids)), actions=(ADD,)), "no run that led here has rejected a row"
+        wanted = CODES if choice.reason == "failed" else (choice.reason,)
+        rejected = (rows.filter(pc.is_in(rows.column(REASON), pa.array(wanted))) for _, rows in quarantined(store, manifest))
+        ids = {name for rows in rejected for name in rows.column(ID).to_pylist() if name is not None}
+        found, what = (
+            Selection(id_hashes=_hashed(sorted(ids)), actions=(ADD,)),
+            f"no run that led here has rejected a row{'' if choice.reason == 'failed' else f' for {choice.reason}'}",
+        )
     else:
         hashes = _matching(store, manifest, settings, str(choice.where))
         found, what = Selection(id_hashes=hashes, again=True), "no published product passes the filter"

@@ -8,7 +8,6 @@ from typing import Any
 
 from encoder.errors import EncoderError
 from encoder.gathering import World
-from encoder.loading import gpu_count
 from pipelines.errors import CatalogEmbedError, InputError
 
 # A worker that dies takes the group along; the group begins again at the last checkpoint.
@@ -21,7 +20,8 @@ def on_workers(attend: Callable[[World], object], workers: int, *, work: Path) -
 
     What it refuses is not tried again, and raised here as an InputError.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError  # noqa: PLC0415  seconds that others do without
+    import ray  # noqa: PLC0415  seconds that others do without
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError  # noqa: PLC0415  as above
     from ray.train.torch import TorchTrainer  # noqa: PLC0415  as above
 
     work.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def on_workers(attend: Callable[[World], object], workers: int, *, work: Path) -
     trainer = TorchTrainer(
         loop,
         train_loop_config={},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu_count() > 0),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=ray.cluster_resources().get("GPU", 0) > 0),
         run_config=RunConfig(name="fleet", storage_path=str(work.resolve() / "ray"), failure_config=FailureConfig(max_failures=_FAILURES)),
     )
     try:

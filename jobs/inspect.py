@@ -17,11 +17,13 @@ from jobs.cluster import connected
 from jobs.nightly import Bases, Night, open_source_of, open_store, plan_request
 from jobs.records import all_runs
 from jobs.settings import Settings
+from jobs.watching import Working, working
 from pipelines.diff import diff, first_ids
 from pipelines.errors import CatalogEmbedError, InputError, NotFound, SourceError
 from pipelines.gates import from_json
 from pipelines.hashes import id_hashes, text_hashes, vids
 from pipelines.index.segments import FAISS, read_roster, read_tombstones, segments_of
+from pipelines.layout import byte_size, duration, printable
 from pipelines.leases import live_leases
 from pipelines.manifest import GENERATION, Manifest, generation_number
 from pipelines.planning import texts_of
@@ -70,8 +72,28 @@ class Status:
     gates: Mapping[str, str] | None = None
     segments: int = 0
     bytes: int = 0
-    writing: tuple[str, ...] = ()
+    working: tuple[Working, ...] = ()
     last_run: RunFacts | None = None
+
+    def text(self) -> str:
+        """Lay it out on a screen."""
+        lines = [*self._published()] if self.generation else [f"{self.alias}: nothing is published yet. Start with `catalog-embed run`."]
+        lines += [f"  working    {item.shown()}" for item in self.working]
+        if self.last_run is not None and self.generation is not None:
+            last = self.last_run
+            lines += [f"  last run   {last.run_id}  {last.command}  {last.outcome.replace('_', ' ')}  exit {last.exit_code}"]
+        return "\n".join(lines)
+
+    def _published(self) -> Iterator[str]:
+        yield f"{self.alias}  {self.generation}  entry {self.seq}" + (
+            f"  HELD: {printable(self.reason) or 'no reason given'}" if self.held else ""
+        )
+        yield f"  published  {self.published_at:%Y-%m-%d %H:%M} UTC, {self.live:,} products, {self.segments} segments, {byte_size(self.bytes)}"
+        behind = duration(max(self.lag_s or 0.0, 0.0))
+        yield f"  watermark  {self.watermark:%Y-%m-%d %H:%M} UTC, in step {behind} ago{'  STALE' if self.stale else ''}"
+        yield f"  tower      {self.tower[:12]}"
+        bad = sorted(name for name, verdict in (self.gates or {}).items() if verdict not in ("passed", "skipped"))
+        yield f"  gates      {len(self.gates or {})} judged{', look at ' + ', '.join(bad) if bad else ', none warned'}"
 
 
 def require_store(settings: Settings) -> Store:
@@ -86,11 +108,11 @@ def look(settings: Settings, *, max_lag: timedelta | None, now: datetime | None 
     store = require_store(settings)
     at = now or datetime.now(tz=UTC)
     entry = current(store, settings.publish.alias)
-    writing = tuple(f"{name}: run {lease.run_id}, {lease.holder}" for name, lease in sorted(live_leases(store, at).items()))
+    now_working = working(store, at)
     runs = [facts for facts in all_runs(store).values() if facts is not None]
     last = runs[-1] if runs else None
     if entry is None:
-        return Status(alias=settings.publish.alias, generation=None, writing=writing, last_run=last, stale=max_lag is not None)
+        return Status(alias=settings.publish.alias, generation=None, working=now_working, last_run=last, stale=max_lag is not None)
     manifest = open_manifest(store, entry)
     lag = (at - manifest.window.until).total_seconds()
     # A night without changes publishes nothing, and yet the index is in step: such a run counts as well.
@@ -111,7 +133,7 @@ def look(settings: Settings, *, max_lag: timedelta | None, now: datetime | None 
         gates=dict(manifest.gates),
         segments=sum(item.role == FAISS for item in manifest.segments),
         bytes=sum(item.size for item in manifest.objects),
-        writing=writing,
+        working=now_working,
         last_run=last,
     )
 

@@ -7,21 +7,24 @@ import importlib.metadata
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from encoder.registry import TowerOptions, default_tower, read_card
 from jobs.cluster import connected
 from jobs.logs import event
 from jobs.records import Record, open_record
 from jobs.settings import Settings
-from pipelines.build import EmbedOptions, Space, TableOptions
+from pipelines.build import Embedded, EmbedOptions, Space, TableOptions
 from pipelines.contracts import Source, Window
 from pipelines.diff import Selection
 from pipelines.diff.dealing import with_rows
 from pipelines.errors import InputError, PlanError
-from pipelines.generation import Located, RunOptions, carry_out, heads, leased
+from pipelines.generation import Located, RunOptions, carry_out, embed_ahead, leased
+from pipelines.heads import heads
+from pipelines.layout import ahead_of
 from pipelines.leases import Lease
 from pipelines.manifest import Manifest
 from pipelines.plan import Deletes
@@ -30,7 +33,8 @@ from pipelines.schema import ADD, TEXT
 from pipelines.sources import open_source
 from pipelines.storage import Store
 from pipelines.telemetry import Listener
-from pipelines.towers import install
+from pipelines.towers import bring, install
+from pipelines.turns import Turn
 from pipelines.window import resolve
 from pipelines.work import work_digest
 
@@ -51,9 +55,15 @@ class Night:
     publish: bool = True
     reason: str = ""
     command: str = "run"
+    # The most actors that embed at a time.
+    max_parallel: int | None = None
+    # The patience with another run that holds the lease.
+    wait: timedelta = timedelta(0)
     # A backfill: another tower beside the live one, or a part of the products.
     tower: Path | None = None
     selection: Selection | None = None
+    # Names what is made again, in the words of who asked: started anew after a death, the backfill goes on with what it made.
+    intent: str | None = None
     listeners: Sequence[Listener] = field(default=(), repr=False)
 
 
@@ -87,7 +97,10 @@ def planned(settings: Settings, night: Night) -> Iterator[PlannedNight]:
     bases = open_bases(settings, night)
     source = open_source_of(settings)
     request = plan_request(settings, night, bases)
-    with tempfile.TemporaryDirectory(prefix="catalog-embed-") as work, connected(settings.ray.address, verbose=night.verbose):
+    with (
+        tempfile.TemporaryDirectory(prefix="catalog-embed-") as work,
+        connected(settings.ray.address, verbose=night.verbose, insecure=settings.ray.insecure, wait_s=settings.ray.wait_s),
+    ):
         event("plan.started", alias=request.alias, base=bases.live.generation if bases.live else "none", since=_shown(request.window))
         result = make_plan(source, base=base_of(settings, bases.extended), request=request, work=Path(work))
         yield PlannedNight(result=result, source=source, request=request)
@@ -96,23 +109,7 @@ def planned(settings: Settings, night: Night) -> Iterator[PlannedNight]:
 def run_night(settings: Settings, night: Night) -> Record:
     """Plan a night and carry it out; the record of the run is in the store, whatever it came to."""
     with started(settings, night) as work:
-        bases = open_bases(settings, night)
-        request = plan_request(settings, night, bases)
-        with work.record.recorder.stage("plan") as progress:
-            result = make_plan(work.source, base=base_of(settings, bases.extended), request=request, work=work.folder)
-            progress.advance(result.plan.rows.read)
-        work.finish(
-            Located(
-                plan=result.plan,
-                changes=_located(result, work.folder, request),
-                quarantine=result.quarantine,
-                previous=result.previous,
-                base=bases.extended,
-                parent=bases.live.generation if bases.live else None,
-                seq=bases.seq,
-            ),
-            request,
-        )
+        work.finish(*work.plan(settings, night))
     return work.record
 
 
@@ -126,38 +123,68 @@ class Work:
     options: RunOptions
     lease: Lease
     folder: Path
+    intent: str | None = None
 
-    def finish(self, located: Located, request: PlanRequest) -> None:
-        """Carry a plan out, and note what it came to."""
-        self.record.planned(located.plan)
-        digest = work_digest(self.options.space, base=located.base, changes=located.changes, part_rows=self.options.embedding.part_rows)
-        self.record.ended(
-            carry_out(
-                self.source,
-                located,
-                request,
-                self.options,
-                lease=self.lease,
-                recorder=self.record.recorder,
-                run_id=self.record.resume(digest, again=request.selection is not None and request.selection.again),
-                work=self.folder,
-            )
+    def plan(self, settings: Settings, night: Night) -> tuple[Located, PlanRequest]:
+        """Plan from what is published now; the plan's files live in the folder."""
+        bases = open_bases(settings, night)
+        request = plan_request(settings, night, bases)
+        with self.record.recorder.stage("plan") as progress:
+            result = make_plan(self.source, base=base_of(settings, bases.extended), request=request, work=self.folder)
+            progress.advance(result.plan.rows.read)
+        located = Located(
+            plan=result.plan,
+            changes=_located(result, self.folder, request),
+            quarantine=result.quarantine,
+            previous=result.previous,
+            base=bases.extended,
+            parent=bases.live.generation if bases.live else None,
+            seq=bases.seq,
         )
+        return located, request
+
+    def embed(self, located: Located, request: PlanRequest, *, number: int) -> Embedded | None:
+        """Embed what the n-th plan wants, in turns with runs that go first, and leave it for `finish`."""
+        self.record.planned(located.plan)
+        begun = self._begun(located, into=ahead_of(self.record.run_id, number))
+        turn = Turn(store=Store.open(self.record.store.root, options=self.options.options), run_id=self.record.run_id)
+        return embed_ahead(self.source, located, request, self.options, recorder=self.record.recorder, work=self.folder, turn=turn, **begun)
+
+    def finish(self, located: Located, request: PlanRequest, *, ahead: Embedded | None = None) -> None:
+        """Carry a plan out, and note what it came to, with what was embedded ahead of it."""
+        self.record.planned(located.plan)
+        begun = self._begun(located, into=self.record.run_id)
+        how: dict[str, Any] = {"lease": self.lease, "recorder": self.record.recorder, "work": self.folder}
+        ran = carry_out(self.source, located, request, self.options, **how, **begun)
+        if ran.generation is not None:
+            self.record.settle(self.intent)
+        self.record.ended(ran if ahead is None or ran.embedded is None else replace(ran, embedded=ran.embedded.after(ahead)))
+
+    def _begun(self, located: Located, *, into: str) -> dict[str, Any]:
+        """Return under which name the work was begun, and which runs have paid for vectors that are to be made again."""
+        options = self.options
+        digest = work_digest(options.space, base=located.base, changes=located.changes, part_rows=options.embedding.part_rows)
+        return {"run_id": self.record.resume(digest, into=into, intent=self.intent), "paid_by": self.record.begun(self.intent)}
 
 
 @contextmanager
-def started(settings: Settings, night: Night) -> Iterator[Work]:
-    """Begin a run: its record, its tower in the store, the lease, a folder for its files, and Ray."""
+def started(settings: Settings, night: Night, *, ahead: bool = False) -> Iterator[Work]:
+    """Begin a run: its record, its tower in the store, the lease, a folder for its files, and Ray.
+
+    The lease is that of the space, or `ahead` that of the one backfill that embeds for it while other runs publish.
+    """
     with open_record(settings, command=night.command, listeners=night.listeners) as record:
         space = make_space(settings, record.store, tower=night.tower)
         options = run_options(settings, record.store, space, night)
         source = open_source_of(settings)
         with (
             tempfile.TemporaryDirectory(prefix="catalog-embed-") as folder,
-            leased(options, record.run_id) as lease,
-            connected(settings.ray.address, verbose=night.verbose),
+            leased(options, record.run_id, ahead=ahead, wait=night.wait, tell=record.waits) as lease,
+            connected(settings.ray.address, verbose=night.verbose, insecure=settings.ray.insecure, wait_s=settings.ray.wait_s),
         ):
-            yield Work(settings=settings, record=record, source=source, options=options, lease=lease, folder=Path(folder))
+            yield Work(
+                settings=settings, record=record, source=source, options=options, lease=lease, folder=Path(folder), intent=night.intent
+            )
 
 
 def _located(result: Planned, work: Path, request: PlanRequest) -> Path:
@@ -184,6 +211,8 @@ def tower_directory(settings: Settings, tower: Path | None = None) -> Path:
     """Return where the tower is that embeds: the one asked for, the configured one, or the packaged default."""
     if tower is not None:
         return tower
+    if settings.tower.path and "://" in settings.tower.path:
+        return bring(settings.tower.path, settings.store.options)
     return Path(settings.tower.path) if settings.tower.path else default_tower()
 
 
@@ -223,11 +252,14 @@ def run_options(settings: Settings, store: Store, space: Space, night: Night) ->
         embedding=EmbedOptions(
             part_rows=embed.part_rows,
             actors=embed.actors,
+            at_most=night.max_parallel,
             gpus_per_actor=embed.gpus_per_actor,
             token_budget=embed.token_budget,
             threads=embed.threads,
             lanes=embed.lanes,
             tokenize=embed.tokenize,
+            resources=embed.resources,
+            wait_s=settings.ray.wait_s,
         ),
         table=TableOptions(
             vector_index=index.lance.type,

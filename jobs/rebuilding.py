@@ -13,7 +13,8 @@ from pipelines.build import Build
 from pipelines.contracts import Window
 from pipelines.errors import InputError
 from pipelines.gates import GATE_FAILED, Gate, failed, verdicts
-from pipelines.generation import RunOptions, leased, take_generation
+from pipelines.generation import RunOptions, leased
+from pipelines.heads import take_generation
 from pipelines.leases import Lease
 from pipelines.manifest import Manifest
 from pipelines.prepare import Preparer

@@ -1,4 +1,4 @@
-"""The record of a run: its events, its state and its metrics, kept in the store whatever the run came to."""
+"""The record of a run: its events and its state, kept in the store whatever the run came to, and its metrics, told beside it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import hashlib
 import json
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from jobs.logs import LogLines
+from jobs.logs import LogLines, event
+from jobs.pushing import open_gateway, push_run, push_values
 from jobs.settings import Settings
+from jobs.watching import Beacon
 from pipelines.errors import AlreadyExists, CatalogEmbedError, LeaseHeld, ManifestError, NotFound, StoreError
 from pipelines.gates import verdicts
 from pipelines.generation import Ran
+from pipelines.layout import run_of
 from pipelines.manifest import Manifest
 from pipelines.metrics import Key, carried, read_textfile, render_prometheus, write_textfile
 from pipelines.plan import Plan
@@ -25,7 +29,7 @@ from pipelines.summary import RunFacts, cost_of, metrics_of
 from pipelines.telemetry import Listener, Recorder, error_text
 
 INTERRUPTED = 14
-WORK_FORMAT = 1
+WORK_FORMAT = 2
 
 
 class Record:
@@ -47,25 +51,43 @@ class Record:
         self.facts = replace(self.facts, base=plan.base, planned=counts | texts)
         self.recorder.event("run.planned", base=plan.base or "none", plan=counts)
 
-    def resume(self, work: str, *, again: bool = False) -> str:
-        """Return the run under which this very work was begun before, or this one: its parts are where they were left.
+    def resume(self, work: str, *, into: str, intent: str | None = None) -> str:
+        """Return the name under which this very work was begun before, or `into`: its parts are where they were left.
 
         Where other runs have left parts since, the work is dealt out anew around them, so it is another run's; what the
-        earlier one paid for is copied. Work that is asked for `again` goes on with a run that was cut off, and never
-        with one that was finished.
+        earlier one paid for is copied. Work with an `intent`, to make vectors again, goes on with a run that was cut off, and
+        never with one that was finished.
         """
         parts = [info.key for info in self.store.list("vectors") if info.key.rpartition("/")[2].startswith("part-")]
+        if intent is not None:
+            mine = self.begun(intent)
+            parts = [key for key in parts if key.split("/")[1] in mine]
+        for run_id, found in self._works():
+            if found == _begun(work, parts, run_id, intent) and not (intent and self._finished(run_id)):
+                self.recorder.event("run.resumed", earlier=run_id)
+                return run_id
+        self.store.put(f"runs/{into}/work.json", json.dumps(_begun(work, parts, into, intent)).encode())
+        return into
+
+    def begun(self, intent: str | None) -> frozenset[str]:
+        """Return the runs that have begun to make the same vectors again."""
+        return frozenset(run_id for run_id, found in self._works() if intent is not None and found.get("intent") == intent)
+
+    def settle(self, intent: str | None) -> None:
+        """Forget who began this: a generation has it, and who asks for it from now on wants it once more."""
+        keys = [f"runs/{run_id}/work.json" for run_id in self.begun(intent)]
+        for key in keys:
+            self.store.delete(key)
+
+    def waits(self, why: str) -> None:
+        """Tell that another run has to end first."""
+        self.recorder.event("lease.waits", why=why)
+
+    def _works(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for info in self.store.list("runs"):
             if info.key.endswith("/work.json"):
-                run_id = info.key.split("/")[1]
-                found = json.loads(self.store.get(info.key))
-                begun = {"format": WORK_FORMAT, "work": work, "beside": _beside(parts, run_id)}
-                if found == begun and not (again and self._finished(run_id)):
-                    self.recorder.event("run.resumed", earlier=run_id)
-                    return run_id
-        begun = {"format": WORK_FORMAT, "work": work, "beside": _beside(parts, self.run_id)}
-        self.store.put(f"runs/{self.run_id}/work.json", json.dumps(begun).encode())
-        return self.run_id
+                with suppress(NotFound):  # settled since the listing
+                    yield info.key.split("/")[1], json.loads(self.store.get(info.key))
 
     def _finished(self, run_id: str) -> bool:
         """Say whether a generation was written from a run's parts."""
@@ -95,6 +117,7 @@ class Record:
             retries={"embed": embedded.retries} if embedded and embedded.retries else {},
             index_action=ran.index.action if ran.index else None,
             index_reason=ran.index.reason if ran.index else None,
+            guards={guard.name: guard.passed for guard in (*plan.guards, *ran.guards)},
             gates=verdicts(ran.gates),
             recall=ran.recall,
             bytes_written=ran.bytes_written,
@@ -104,6 +127,7 @@ class Record:
             held=ran.held,
             error="; ".join(f"guard {guard.name}: {guard.advice}" for guard in ran.guards) or None,
             actor_s=seconds,
+            actor_wait_s=embedded.waited if embedded else None,
             cost=cost_of(seconds, per_hour=price) if embedded else None,
             currency=self._settings.embed.currency if price is not None else "",
         )
@@ -112,20 +136,22 @@ class Record:
     def close(self, events: Path) -> None:
         """Write events, state and metrics. What cannot be written is told and changes no outcome."""
         self.facts = replace(self.facts, ended_at=datetime.now(tz=UTC), stages=self.recorder.stages)
-        try:
-            if events.exists():
-                self.store.put(f"runs/{self.run_id}/events.jsonl", self.recorder.finished())
-            self.store.put(f"runs/{self.run_id}/state.json", self.facts.to_json())
-            self._write_metrics()
-        except CatalogEmbedError as error:
-            self.recorder.event("record.unwritten", level="warning", error=error_text(error))
+        kept: Mapping[str, Callable[[], object]] = {
+            "record.unwritten": lambda: self._keep(events),
+            "metrics.unwritten": lambda: _write_run(self._settings, metrics_of(self.facts)),
+            "metrics.unpushed": lambda: _push_run(self._settings, metrics_of(self.facts)),
+        }
+        # Each by itself: when the store is down, the metrics are what tells of it.
+        for name, keep in kept.items():
+            try:
+                keep()
+            except CatalogEmbedError as error:
+                self.recorder.event(name, level="warning", error=error_text(error))
 
-    def _write_metrics(self) -> None:
-        place = self._settings.publish.metrics
-        if place is not None:
-            labels = metric_labels(self._settings)
-            values = carried(read_textfile(Path(place), labels=labels), metrics_of(self.facts))
-            write_textfile(Path(place), render_prometheus(values, labels=labels))
+    def _keep(self, events: Path) -> None:
+        if events.exists():
+            self.store.put(f"runs/{self.run_id}/events.jsonl", self.recorder.finished())
+        self.store.put(f"runs/{self.run_id}/state.json", self.facts.to_json())
 
 
 def metric_labels(settings: Settings) -> dict[str, str]:
@@ -134,15 +160,37 @@ def metric_labels(settings: Settings) -> dict[str, str]:
 
 
 def note_metrics(settings: Settings, values: Mapping[Key, float]) -> None:
-    """Set single metrics, and leave the others in the textfile as they are."""
-    place, labels = settings.publish.metrics, metric_labels(settings)
+    """Set single metrics, in the textfile and at the gateway, and leave the others as they are."""
+    place, gateway, labels = settings.publish.metrics, settings.publish.pushgateway, metric_labels(settings)
     if place is not None:
         write_textfile(Path(place), render_prometheus(read_textfile(Path(place), labels=labels) | dict(values), labels=labels))
+    if gateway is not None:
+        try:
+            push_values(open_gateway(gateway, labels), values)
+        except CatalogEmbedError as error:
+            event("metrics.unpushed", level="warning", error=error_text(error))
+
+
+def _write_run(settings: Settings, values: Mapping[Key, float]) -> None:
+    place, labels = settings.publish.metrics, metric_labels(settings)
+    if place is not None:
+        before = read_textfile(Path(place), labels=labels)
+        write_textfile(Path(place), render_prometheus(carried(before, values), labels=labels))
+
+
+def _push_run(settings: Settings, values: Mapping[Key, float]) -> None:
+    if settings.publish.pushgateway is not None:
+        push_run(open_gateway(settings.publish.pushgateway, metric_labels(settings)), values)
 
 
 def _beside(parts: Sequence[str], run_id: str) -> str:
     """Hash which parts there are beside those of a run."""
     return hashlib.sha256("\n".join(key for key in parts if not key.startswith(f"vectors/{run_id}/")).encode()).hexdigest()
+
+
+def _begun(work: str, parts: Sequence[str], run_id: str, intent: str | None) -> dict[str, Any]:
+    """Return what `work.json` says of work that was begun under a name."""
+    return {"format": WORK_FORMAT, "work": work, "beside": _beside(parts, run_id), "intent": intent}
 
 
 def new_run_id(now: datetime) -> str:
@@ -158,7 +206,7 @@ def open_record(settings: Settings, *, command: str, listeners: Sequence[Listene
     store = Store.open(settings.store.root, options=settings.store.options)
     with tempfile.TemporaryDirectory(prefix="catalog-embed-") as folder:
         events = Path(folder) / "events.jsonl"
-        recorder = Recorder(run_id, path=events, listeners=[LogLines(), *listeners])
+        recorder = Recorder(run_id, path=events, listeners=[LogLines(), beacon_of(settings, run_id, command), *listeners])
         record = Record(store, settings, command=command, recorder=recorder, run_id=run_id, now=now)
         try:
             yield record
@@ -175,11 +223,16 @@ def open_record(settings: Settings, *, command: str, listeners: Sequence[Listene
             record.close(events)
 
 
+def beacon_of(settings: Settings, run_id: str, command: str) -> Beacon:
+    """Return who tells other terminals how far the run is."""
+    return Beacon(Store.open(settings.store.root, options=settings.store.options), run_id, command=command)
+
+
 def all_runs(store: Store) -> Mapping[str, RunFacts | None]:
     """Return the state of every run by its id, oldest first; None for one whose state cannot be read: it was killed, or still runs."""
     found: dict[str, RunFacts | None] = {}
     for info in store.list("runs"):
-        run_id = info.key.split("/")[1]
+        run_id = run_of(info.key.split("/")[1])
         found.setdefault(run_id, None)
         if info.key.endswith("/state.json"):
             with suppress(NotFound, StoreError, ManifestError):

@@ -15,7 +15,8 @@ from jobs.records import new_run_id, note_metrics
 from jobs.settings import Settings
 from pipelines.errors import NotFound, PlanError
 from pipelines.gates import Gate, judge
-from pipelines.generation import lease_name, recall_of
+from pipelines.generation import lease_name
+from pipelines.heads import recall_of
 from pipelines.index.segments import segments_of
 from pipelines.leases import LeaseEntry, break_lease
 from pipelines.manifest import check_generation

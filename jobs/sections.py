@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
 
+from jobs.pushing import check_address
 from pipelines.errors import InputError
 from pipelines.gates import Waiver
 from pipelines.index.triggers import RefreshOptions
@@ -105,6 +106,7 @@ class Embedding:
     """How vectors are made and kept. `vector` is how their numbers are stored; `cost_per_hour` is the price of one actor.
 
     `lanes` are packs that run side by side on a CPU. `tokenize` says who makes token ids: the tasks that read the texts, `ahead`, or the `actor`; `auto` is ahead of GPUs.
+    `resources` are named ones that each actor takes, such as `embedder: 1`; only nodes that have them hold actors.
     """
 
     vector: Literal["float32", "float16"] = "float32"
@@ -115,6 +117,7 @@ class Embedding:
     threads: int | None = None
     lanes: int | None = None
     tokenize: Tokenize = "auto"
+    resources: Mapping[str, float] = field(default_factory=dict)
     cost_per_hour: float | None = None
     currency: str = "EUR"
 
@@ -129,6 +132,11 @@ class Embedding:
                 raise InputError(f"`{name}` is a number from 0, not {value}.")
         if (gpus := self.gpus_per_actor) is not None and gpus > 1 and gpus % 1:
             raise InputError(f"`gpus_per_actor` is a share of a GPU or a whole number of them, not {gpus:g}.")
+        for name, each in self.resources.items():
+            if name in ("CPU", "GPU", "memory") or not 0.0 < each < math.inf:
+                raise InputError(
+                    f"`resources` names what nodes were given beside CPUs and GPUs, such as `embedder: 1`, not `{name}: {each:g}`."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,20 +202,38 @@ class Refresh:
 
 @dataclass(frozen=True, kw_only=True)
 class Publishing:
-    """The name under which readers find the index, and how many generations stay behind it."""
+    """The name under which readers find the index, how many generations stay behind it, and where a run leaves its metrics.
+
+    `metrics` is a file for the node exporter, `pushgateway` an address: each has a history of its own, and both may be set.
+    """
 
     alias: str = "prod"
     keep: int = 7
     grace: timedelta = timedelta(days=2)
     lease: timedelta = timedelta(minutes=10)
     metrics: str | None = None
+    pushgateway: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pushgateway is not None:
+            check_address(self.pushgateway)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The Ray cluster that does the work: `local` starts one for this run."""
+    """The Ray cluster that does the work: `local` starts one for this run, `http(s)://host:8265` takes the whole command.
+
+    `wait` is how long to wait for nodes; 0 fails at once. `insecure` allows a cluster that anybody may give work to.
+    """
 
     address: str = "local"
+    wait: timedelta = timedelta(hours=12)
+    insecure: bool = False
+
+    @property
+    def wait_s(self) -> float | None:
+        """Seconds to wait for nodes; None where none can come."""
+        return None if self.address == "local" or not self.wait else self.wait.total_seconds()
 
 
 @dataclass(frozen=True, kw_only=True)

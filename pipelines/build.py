@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -44,11 +44,15 @@ class EmbedOptions:
 
     part_rows: int | None = None
     actors: int | None = None
+    at_most: int | None = None
     gpus_per_actor: float | None = None
     token_budget: int | None = None
     threads: int | None = None
     lanes: int | None = None
     tokenize: Tokenize = "auto"
+    # Named resources of each actor; and how long to wait for room on a cluster that may grow, None where it cannot.
+    resources: Mapping[str, float] = field(default_factory=dict)
+    wait_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,7 @@ class Build:
     store: Store
     options: Mapping[str, str] = field(repr=False)
     run_id: str
+    # Empty while vectors are made ahead of a generation.
     generation: str
     space: Space
     base: Manifest | None
@@ -84,8 +89,9 @@ class Build:
     samples: int = 128
     # The filter columns changed since the base, so the table is written anew with the vectors that it has.
     rewrite: bool = False
-    # Vectors are made again although the table has them.
+    # Vectors are made again although the table has them, but for those that these runs have made again.
     afresh: bool = False
+    paid_by: frozenset[str] = frozenset()
 
     @property
     def extends(self) -> Manifest | None:
@@ -134,6 +140,14 @@ class Embedded:
     texts: int
     tokens: int
     seconds: float
+    waited: float
     halvings: int
     retries: int
     skipped: int
+    # Why what was made ahead is not all: the catalog is no longer what was planned from.
+    moved: str = ""
+
+    def after(self, ahead: Embedded) -> Embedded:
+        """Return these parts with what it cost to embed ahead of them added."""
+        costs = ("texts", "tokens", "seconds", "waited", "halvings", "retries")
+        return replace(self, **{name: getattr(self, name) + getattr(ahead, name) for name in costs})

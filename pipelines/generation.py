@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -21,8 +20,9 @@ from pipelines.build import Build, Embedded, EmbedOptions, Space, TableOptions
 from pipelines.candidate import apply, segment
 from pipelines.contracts import FAISS_INDEX, LANCE_INDEX, Source, Window
 from pipelines.diff.dealing import first_embedded
-from pipelines.errors import AlreadyExists, NotFound, SourceMoved
-from pipelines.gates import GATE_FAILED, Gate, GateLimits, Measured, Waiver, failed, from_json, judge, to_json, verdicts
+from pipelines.errors import SourceMoved
+from pipelines.gates import GATE_FAILED, Gate, GateLimits, Measured, Waiver, failed, judge, to_json, verdicts
+from pipelines.heads import recall_of, take_generation
 from pipelines.index.triggers import RefreshOptions, candidates
 from pipelines.index.update import NextIndex
 from pipelines.leases import Lease, held
@@ -32,11 +32,12 @@ from pipelines.planned_rows import fetch
 from pipelines.planning import PlanRequest
 from pipelines.prepare import Preparer
 from pipelines.probes import Candidate, measure
-from pipelines.publish import LogEntry, current, next_generation, open_manifest, publish, write_generation
+from pipelines.publish import LogEntry, current, publish, write_generation
 from pipelines.schema import ACTION, ID, ID_HASH, REASON, TEXT
 from pipelines.storage import Store
 from pipelines.stores.parquet import write_rows
 from pipelines.telemetry import Recorder
+from pipelines.turns import BACKFILL, WRITING, Turn
 from pipelines.work import deal, embed
 
 Outcome = Literal["published", "built", "nothing", "gates_failed", "guarded"]
@@ -63,11 +64,6 @@ class RunOptions:
     config_digest: str = "none"
     versions: Mapping[str, str] = field(default_factory=dict)
     clock: Callable[[], datetime]
-
-    @property
-    def lease_name(self) -> str:
-        """What a run leases."""
-        return lease_name(self.space.card.fingerprint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,32 +104,41 @@ class Ran:
     bytes_total: int = 0
 
 
-def lease_name(fingerprint: str) -> str:
+def lease_name(fingerprint: str, kind: str = WRITING) -> str:
     """Return what runs of a tower lease: its space."""
-    return f"tower-{fingerprint[:16]}"
+    return f"{kind}{fingerprint[:16]}"
 
 
-def leased(options: RunOptions, run_id: str) -> Any:
-    """Hold the lease of the space while the block runs."""
-    return held(options.store, options.lease_name, run_id=run_id, ttl=options.lease, clock=options.clock)
+def leased(
+    options: RunOptions, run_id: str, *, ahead: bool = False, wait: timedelta = timedelta(0), tell: Callable[[str], object] = str
+) -> Any:
+    """Hold the lease of the space while the block runs; `ahead` that of the one backfill that may embed for it beside other runs."""
+    name = lease_name(options.space.card.fingerprint, BACKFILL if ahead else WRITING)
+    return held(options.store, name, run_id=run_id, ttl=options.lease, clock=options.clock, wait=wait, tell=tell)
 
 
-def heads(store: Store, alias: str, tower: str) -> tuple[Manifest | None, Manifest | None, int]:
-    """Return the live generation, the newest good generation of this tower to extend, and the number of the last log entry."""
-    entry = current(store, alias)
-    live = open_manifest(store, entry) if entry else None
-    seq = entry.seq if entry else 0
-    return live, live if live is not None and live.tower == tower else _newest_of(store, tower), seq
+def embed_ahead(
+    source: Source,
+    located: Located,
+    request: PlanRequest,
+    options: RunOptions,
+    *,
+    recorder: Recorder,
+    run_id: str,
+    paid_by: frozenset[str],
+    work: Path,
+    turn: Turn,
+) -> Embedded | None:
+    """Make the parts of a plan that need a forward pass durable, in turns with runs that go first. Nobody's reading changes.
 
-
-def _newest_of(store: Store, tower: str) -> Manifest | None:
-    """Return the newest generation of a tower that is whole and passed its gates, published or not."""
-    keys = [info.key for info in store.list("generations") if info.key.endswith("/manifest.json")]
-    for key in sorted(keys, reverse=True):
-        manifest = Manifest.from_json(store.get(key), where=store.uri(key))
-        if manifest.tower == tower and not manifest.failed_gates and manifest.table is not None:
-            return manifest
-    return None
+    Without the lease of the table: what is published may move meanwhile, and `carry_out` takes from the parts what then still fits.
+    """
+    if located.plan.failed or not located.plan.actions.changed:
+        return None
+    build = _build(located, request, options, recorder=recorder, run_id=run_id, paid_by=paid_by, work=work)
+    with recorder.stage("deal"):
+        dealt = deal(build, located.changes, located.previous)
+    return embed(build, dealt, source.read(request.window), ahead=turn)
 
 
 def carry_out(
@@ -145,6 +150,7 @@ def carry_out(
     lease: Lease,
     recorder: Recorder,
     run_id: str,
+    paid_by: frozenset[str] = frozenset(),
     work: Path,
 ) -> Ran:
     """Carry a plan out: the caller holds the lease, and made the plan from the base that is still live."""
@@ -161,7 +167,8 @@ def carry_out(
         return Ran(outcome="nothing", exit_code=0, run_id=run_id, plan=plan, quarantined=plan.rejected, in_step=in_step)
     # A budget or a factory that cannot be had is said before anything is embedded.
     candidates(max(plan.base_live + plan.actions.add - plan.actions.delete, 1), options.space.card.dims, options.refresh)
-    build = _build(located, request, options, recorder=recorder, run_id=run_id, work=work)
+    build = _build(located, request, options, recorder=recorder, run_id=run_id, paid_by=paid_by, work=work)
+    build = replace(build, generation=take_generation(options.store, run_id))
     with recorder.stage("deal"):
         dealt = deal(build, located.changes, located.previous)
     options.store.failpoint("run.dealt")
@@ -208,12 +215,14 @@ def _rewrites(located: Located, request: PlanRequest) -> bool:
     return located.base is not None and located.base.schema_digest != request.normalizing.schema.digest
 
 
-def _build(located: Located, request: PlanRequest, options: RunOptions, *, recorder: Recorder, run_id: str, work: Path) -> Build:
+def _build(
+    located: Located, request: PlanRequest, options: RunOptions, *, recorder: Recorder, run_id: str, paid_by: frozenset[str], work: Path
+) -> Build:
     return Build(
         store=options.store,
         options=options.options,
         run_id=run_id,
-        generation=take_generation(options.store, run_id),
+        generation="",
         space=options.space,
         base=located.base,
         preparer=Preparer(normalizing=request.normalizing, template=request.template),
@@ -226,16 +235,8 @@ def _build(located: Located, request: PlanRequest, options: RunOptions, *, recor
         samples=options.samples,
         rewrite=_rewrites(located, request),
         afresh=request.selection is not None and request.selection.again,
+        paid_by=paid_by,
     )
-
-
-def take_generation(store: Store, run_id: str) -> str:
-    """Take the next generation id, so that a run of another tower, which may go on beside this one, takes another."""
-    while True:
-        generation = next_generation(store)
-        with suppress(AlreadyExists):
-            store.put_if_absent(f"generations/{generation}/begun.json", canonical({"run_id": run_id}))
-            return generation
 
 
 def _too_many(plan: Plan, quarantined: int, request: PlanRequest) -> Guard | None:
@@ -380,17 +381,6 @@ def _measure(
         ),
         recorder,
     )
-
-
-def recall_of(store: Store, manifest: Manifest | None) -> Mapping[str, float]:
-    """Return the recall that a generation's gates measured, by index; nothing where it is not known."""
-    if manifest is None:
-        return {}
-    with suppress(NotFound):
-        gates = from_json(store.get(f"generations/{manifest.generation}/gates.json"), where=f"gates of {manifest.generation}")
-        found = {gate.name.removeprefix("recall_"): gate.measured for gate in gates if gate.name in ("recall_faiss", "recall_lance")}
-        return {name: value for name, value in found.items() if isinstance(value, float)}
-    return {}
 
 
 def _written(manifest: Manifest, base: Manifest | None) -> int:

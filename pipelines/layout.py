@@ -75,3 +75,16 @@ def byte_size(size: float) -> str:
 def counted(number: int, noun: str) -> str:
     """Show a number of things."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+_AHEAD = "-ahead"
+
+
+def ahead_of(run_id: str, number: int) -> str:
+    """Name the folder of what a backfill makes beside other runs; a new one for every plan that it makes."""
+    return f"{run_id}{_AHEAD}{number}"
+
+
+def run_of(name: str) -> str:
+    """Return the run to which a folder below `runs/` or `vectors/` belongs."""
+    return name.partition(_AHEAD)[0]

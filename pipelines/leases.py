@@ -13,14 +13,16 @@ import re
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import AlreadyExists, CatalogEmbedError, InputError, LeaseHeld, ManifestError, NotFound, StoreError
-from pipelines.manifest import FORMAT_VERSION, Parser, canonical, check_generation, count, flag, generation_id, moment, parse, text
+from pipelines.manifest import FORMAT_VERSION, Parser, canonical, count, flag, moment, parse, text
 from pipelines.storage import Store
 
 Clock = Callable[[], datetime]
@@ -30,7 +32,8 @@ CLOCK_SKEW = timedelta(minutes=5)
 MAX_LEASE_BYTES = 64 * 1024
 
 _KEPT_ENTRIES = 8
-_READERS = "readers"
+_TRY_EVERY_S, _TELL_EVERY_S = 2.0, 30.0
+READERS = "readers"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _ENTRY_NAME = re.compile(r"([0-9]{8,18})\.json")
 
@@ -82,7 +85,6 @@ _PARSERS: Mapping[str, Parser[Any]] = {
     "until": moment,
     "released": flag,
 }
-_READER_PARSERS: Mapping[str, Parser[Any]] = {"generation": generation_id, "name": text, "until": moment}
 
 
 class Lease:
@@ -111,13 +113,13 @@ class Lease:
         """Extend the lease by its time from now, or raise `LeaseHeld` where another run took over."""
         with self._lock:
             self._fenced()
-            self._rewrite(until=_now(self._clock) + self._ttl)
+            self._rewrite(until=aware(self._clock) + self._ttl)
 
     def check(self) -> None:
         """Raise `LeaseHeld` unless this run still holds the lease. A renewal that failed is tried again first."""
         with self._lock:
             self._fenced()
-            now = _now(self._clock)
+            now = aware(self._clock)
             if now >= self._entry.until:
                 cause = f" The last renewal failed: {self._unrenewed}" if self._unrenewed else ""
                 raise LeaseHeld(
@@ -175,9 +177,9 @@ def acquire(store: Store, name: str, *, run_id: str, ttl: timedelta, clock: Cloc
     highest = _highest(store, name)
     if highest:
         head = _read(store, name, highest)
-        if head is not None and head.live(_now(clock), skew=skew) and not _dead_here(head):
+        if head is not None and head.live(aware(clock), skew=skew) and not _dead_here(head):
             raise _held(name, head, skew)
-    entry = _entry(run_id, seq=highest + 1, at=_now(clock), ttl=ttl)
+    entry = _entry(run_id, seq=highest + 1, at=aware(clock), ttl=ttl)
     _create(store, name, entry, skew)
     lease = Lease(store, name, entry, ttl=ttl, clock=clock)
     try:
@@ -193,9 +195,19 @@ def acquire(store: Store, name: str, *, run_id: str, ttl: timedelta, clock: Cloc
 
 
 @contextlib.contextmanager
-def held(store: Store, name: str, *, run_id: str, ttl: timedelta, clock: Clock, skew: timedelta = CLOCK_SKEW) -> Iterator[Lease]:
-    """Hold the lease for a block of code: acquired, renewed by a thread, released."""
-    lease = acquire(store, name, run_id=run_id, ttl=ttl, clock=clock, skew=skew)
+def held(
+    store: Store,
+    name: str,
+    *,
+    run_id: str,
+    ttl: timedelta,
+    clock: Clock,
+    skew: timedelta = CLOCK_SKEW,
+    wait: timedelta = timedelta(0),
+    tell: Callable[[str], object] = str,
+) -> Iterator[Lease]:
+    """Hold the lease for a block of code: acquired, renewed by a thread, released. `wait` is the patience with another holder."""
+    lease = _patiently(partial(acquire, store, name, run_id=run_id, ttl=ttl, clock=clock, skew=skew), wait, tell)
     stop = threading.Event()
     thread = threading.Thread(target=lease.beat, args=(stop,), name=f"lease-{name}", daemon=True)
     thread.start()
@@ -209,6 +221,22 @@ def held(store: Store, name: str, *, run_id: str, ttl: timedelta, clock: Clock, 
             lease.release()
 
 
+def _patiently(take: Callable[[], Lease], wait: timedelta, tell: Callable[[str], object]) -> Lease:
+    """Take a lease; while another run has it try again, say so every half minute, and give up after `wait`."""
+    began, told = time.monotonic(), -_TELL_EVERY_S
+    while True:
+        try:
+            return take()
+        except LeaseHeld as error:
+            waited = time.monotonic() - began
+            if waited >= wait.total_seconds():
+                raise
+            if waited - told >= _TELL_EVERY_S:
+                told = waited
+                tell(str(error))
+            time.sleep(min(_TRY_EVERY_S, wait.total_seconds() - waited))
+
+
 def break_lease(store: Store, name: str, *, run_id: str, clock: Clock) -> LeaseEntry | None:
     """Take the lease from whoever has it and leave it free. Return the entry that was overruled, None where it was free.
 
@@ -218,65 +246,16 @@ def break_lease(store: Store, name: str, *, run_id: str, clock: Clock) -> LeaseE
     head = _read(store, name, highest, damaged_ok=True) if highest else None
     if not highest or (head is not None and head.released):
         return None
-    entry = _entry(run_id, seq=highest + 1, at=_now(clock), ttl=timedelta(0))
+    entry = _entry(run_id, seq=highest + 1, at=aware(clock), ttl=timedelta(0))
     _create(store, name, replace(entry, released=True), timedelta(0))
     return head or entry
 
 
 def live_leases(store: Store, now: datetime, *, skew: timedelta = CLOCK_SKEW) -> Mapping[str, LeaseEntry]:
     """Return who may be writing now, by name of the lease."""
-    names = {info.key.split("/")[1] for info in store.list("leases")} - {_READERS}
+    names = {info.key.split("/")[1] for info in store.list("leases")} - {READERS}
     heads = {name: _read(store, name, highest) for name in sorted(names) if _NAME.fullmatch(name) and (highest := _highest(store, name))}
     return {name: head for name, head in heads.items() if head is not None and head.live(now, skew=skew) and not _dead_here(head)}
-
-
-def pin_reader(store: Store, generation: str, *, ttl: timedelta, name: str, clock: Clock) -> str:
-    """Keep a generation from being collected for `ttl`, and return the key of the pin. Pin first, then open the manifest."""
-    folder = f"leases/{_READERS}/{check_generation(generation)}"
-    now = _now(clock)
-    for key, _, until in _readers(store, folder):
-        if until + CLOCK_SKEW + timedelta(days=1) < now:  # left by readers that died
-            store.delete(key)
-    key = f"{folder}/{secrets.token_hex(16)}.json"
-    store.put(key, _reader(generation, name=name, until=now + ttl))
-    return key
-
-
-def renew_reader(store: Store, key: str, *, ttl: timedelta, clock: Clock) -> None:
-    """Extend a reader's pin by `ttl` from now. One that is gone is an error: the generation may be gone with it."""
-    tree = _read_reader(store, _reader_key(key))
-    store.put(key, _reader(tree["generation"], name=tree["name"], until=_now(clock) + ttl))
-
-
-def release_reader(store: Store, key: str) -> None:
-    """Drop a reader's pin."""
-    store.delete(_reader_key(key))
-
-
-def read_pins(store: Store, now: datetime, *, skew: timedelta = CLOCK_SKEW) -> frozenset[str]:
-    """Return the generations that a reader may have open."""
-    return frozenset(generation for _, generation, until in _readers(store, f"leases/{_READERS}") if now < until + skew)
-
-
-def _readers(store: Store, folder: str) -> Iterator[tuple[str, str, datetime]]:
-    for info in store.list(folder):
-        with contextlib.suppress(NotFound):  # released since the listing
-            tree = _read_reader(store, info.key)
-            yield info.key, tree["generation"], tree["until"]
-
-
-def _reader(generation: str, *, name: str, until: datetime) -> bytes:
-    return canonical({"format_version": FORMAT_VERSION, "generation": generation, "name": name, "until": until.isoformat()})
-
-
-def _read_reader(store: Store, key: str) -> dict[str, Any]:
-    return parse(store.get(key), where=store.uri(key), limit_bytes=MAX_LEASE_BYTES, parsers=_READER_PARSERS, build=dict[str, Any])
-
-
-def _reader_key(key: str) -> str:
-    if not key.startswith(f"leases/{_READERS}/"):
-        raise InputError(f"{key[:80]!r} is no pin of a reader. Pass the key that `pin_reader` returned.")
-    return key
 
 
 def _create(store: Store, name: str, entry: LeaseEntry, skew: timedelta) -> None:
@@ -376,7 +355,8 @@ def _started(pid: int) -> int | None:
     return None if state in ("Z", "X") else int(fields[18])
 
 
-def _now(clock: Clock) -> datetime:
+def aware(clock: Clock) -> datetime:
+    """Return the time that a clock shows, in UTC."""
     at = clock()
     if at.tzinfo is None:
         raise InputError(f"the clock gave {at} without a time zone. Pass one that does, such as `lambda: datetime.now(UTC)`.")
@@ -388,10 +368,8 @@ def _shown(at: datetime) -> str:
 
 
 def _folder(name: str) -> str:
-    if not _NAME.fullmatch(name) or name == _READERS:
-        raise InputError(
-            f"{name[:80]!r} is no name of a lease. Use lower-case letters, digits and . _ -, at most 63, and not `{_READERS}`."
-        )
+    if not _NAME.fullmatch(name) or name == READERS:
+        raise InputError(f"{name[:80]!r} is no name of a lease. Use lower-case letters, digits and . _ -, at most 63, and not `{READERS}`.")
     return f"leases/{name}"
 
 

@@ -1,8 +1,8 @@
 """Every metric of a run, as data, and the Prometheus text format: rendered, read back, carried from run to run.
 
-A nightly batch is not scraped; it leaves a file for the node exporter's textfile collector. Gauges tell of the last run.
-Counters add up over runs. Lasting gauges survive a run that did not measure them, so that a failed night cannot erase
-when the last good one was.
+A nightly batch is not scraped; it leaves a file for the node exporter's textfile collector, or pushes to a gateway. Gauges
+tell of the last run. Counters add up over runs. Lasting gauges survive a run that did not measure them, so that a failed
+night cannot erase when the last good one was.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ METRICS: Mapping[str, Metric] = {
         Metric(name="rows_deleted", help="Products that the last run deleted."),
         Metric(name="embed_rows_per_second", help="Texts a second of the last run's embed stage.", lasting=True),
         Metric(name="embed_tokens_per_second", help="Tokens a second of the last run's embed stage.", lasting=True),
+        Metric(name="embed_busy_ratio", help="Share of their time that the last run's actors spent in forward passes."),
         Metric(name="embed_cost", help="Cost of the last run's forward passes, in the configured currency."),
+        Metric(name="guard_result", help="Guards of the last plan: 1 passed, 0 tripped.", labels=("guard",)),
         Metric(name="gate_result", help="Gates of the last candidate: 1 passed, 0.5 warned, 0 failed.", labels=("gate",)),
         Metric(name="recall_at_10", help="Measured recall at 10, by index.", labels=("index",), lasting=True),
         Metric(name="generation_bytes", help="Bytes that the last built generation refers to.", lasting=True),
@@ -95,7 +97,7 @@ def render_prometheus(values: Mapping[Key, float], *, labels: Mapping[str, str] 
 
 def parse_prometheus(text: str, *, labels: Mapping[str, str] | None = None) -> dict[Key, float]:
     """Read back what `render_prometheus` wrote under the same `labels`; lines of others are passed over."""
-    constant = {name: _shown(value) for name, value in (labels or {}).items()}
+    constant = {name: shown(value) for name, value in (labels or {}).items()}
     found = {}
     for line in text.split("\n"):
         match = _SAMPLE.fullmatch(line)
@@ -122,6 +124,11 @@ def carried(previous: Mapping[Key, float], values: Mapping[Key, float]) -> dict[
     }
     added = {key: value + kept.get(key, 0.0) if METRICS[key[0]].type == "counter" else value for key, value in values.items()}
     return kept | added
+
+
+def shown(value: str) -> str:
+    """Return a label's value without control characters and of a bounded length: reasons and kinds may come from data."""
+    return short(value, _MAX_LABEL_CHARACTERS)
 
 
 def read_textfile(path: Path, *, labels: Mapping[str, str] | None = None) -> dict[Key, float]:
@@ -161,12 +168,7 @@ def _labelled(metric: Metric, given: tuple[str, ...], constant: Mapping[str, str
     assert not constant.keys() & set(metric.labels), f"{metric.name} has a label of its own among {sorted(constant)}"
     pairs: Iterable[tuple[str, str]] = [*constant.items(), *zip(metric.labels, given, strict=True)]
     assert all(_LABEL_NAME.fullmatch(name) for name, _ in pairs), pairs
-    return "{" + ",".join(f'{name}="{_escaped(_shown(value))}"' for name, value in pairs) + "}" if pairs else ""
-
-
-def _shown(value: str) -> str:
-    """Return a label's value without control characters and of a bounded length: reasons and kinds may come from data."""
-    return short(value, _MAX_LABEL_CHARACTERS)
+    return "{" + ",".join(f'{name}="{_escaped(shown(value))}"' for name, value in pairs) + "}" if pairs else ""
 
 
 def _escaped(value: str) -> str:

@@ -60,7 +60,10 @@ class PartWork:
 
 @dataclass(frozen=True, kw_only=True)
 class PartDone:
-    """A part that is durable. `texts` counts forward passes; `lost` are the planned rows that are in no part."""
+    """A part that is durable. `texts` counts forward passes; `lost` are the planned rows that are in no part.
+
+    `seconds` were spent in forward passes, and before them the actor `waited`: for its tower, or for this part.
+    """
 
     number: int
     object: ManifestObject | None
@@ -68,6 +71,7 @@ class PartDone:
     texts: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
     halvings: int = 0
     attempts: int = 0
     skipped: bool = False

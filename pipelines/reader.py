@@ -23,9 +23,9 @@ from encoder.errors import TowerError
 from encoder.registry import CARD, TowerCard, TowerOptions, read_card
 from pipelines.errors import CorruptObject, InputError, ManifestError, NotFound, StoreError
 from pipelines.index.search import SegmentSearcher
-from pipelines.leases import pin_reader, release_reader, renew_reader
 from pipelines.manifest import Manifest, ManifestObject, check_generation
 from pipelines.publish import current, open_manifest, read_manifest
+from pipelines.reader_pins import pin_reader, release_reader, renew_reader
 from pipelines.schema import ID
 from pipelines.storage import Store
 from pipelines.stores.lance import TableSearcher, as_lancedb, tuned

@@ -10,10 +10,19 @@ from pipelines.layout import byte_size, counted, duration, millions, printable, 
 from pipelines.normalize.reasons import REASONS
 from pipelines.plan import Guard, Plan
 
-# Reasons that are found after normalising, where two rows or a whole text are known.
+# Reasons that are found after normalising, where two rows or a whole text are known, or a tower has failed on it.
 LATE_REASONS: Mapping[str, tuple[str, str]] = {
     "empty_text": ("the template renders to nothing", "Fill a field that the template reads, or exclude the row."),
     "duplicate_id": ("another row has the same id, is equally new and says something else", "Keep one row for each id."),
+    "embed_failed": (
+        "the tower raised an error on this text alone",
+        "Look at the text with `explain`; `backfill --reason embed_failed` tries again.",
+    ),
+    "embed_killed": (
+        "this text alone ended the worker that embedded it",
+        "Look for a huge or odd text; `backfill --reason embed_killed` tries again.",
+    ),
+    "embed_not_finite": ("the vector of this text is not finite, or all zeros", "Try float32, then `backfill --reason embed_not_finite`."),
 }
 
 _SAMPLE_CHARACTERS = 120

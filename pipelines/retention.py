@@ -17,10 +17,11 @@ from typing import Any
 
 from pipelines.disk import ObjectInfo
 from pipelines.errors import AlreadyExists, CatalogEmbedError, InputError, ManifestError, NotFound, PlanError
-from pipelines.layout import byte_size, counted, printable
-from pipelines.leases import CLOCK_SKEW, LeaseEntry, live_leases, read_pins
+from pipelines.layout import byte_size, counted, printable, run_of
+from pipelines.leases import CLOCK_SKEW, LeaseEntry, live_leases
 from pipelines.manifest import FORMAT_VERSION, GENERATION, Manifest, Parser, canonical, check_generation, generation_id, moment, parse, text
 from pipelines.publish import Clock, LogEntry, history
+from pipelines.reader_pins import read_pins
 from pipelines.storage import Store
 
 # Folders that may hold garbage. Aliases, leases and pins are never touched.
@@ -315,15 +316,14 @@ def _by_hand(look: _Look, found: Mapping[str, Found]) -> Iterator[tuple[str, str
 
 def _garbage(store: Store, kept: list[Manifest], roots: Roots, options: RetentionOptions) -> Iterator[ObjectInfo]:
     """Yield every object that nothing kept lists and that is older than any run that may still write."""
-    needed = {item.key for manifest in kept for item in manifest.objects} | {
-        f"vectors/{manifest.run_id}/{_QUARANTINE}" for manifest in kept
-    }
-    whole = {("runs", manifest.run_id) for manifest in kept} | {("generations", manifest.generation) for manifest in kept}
+    needed = {item.key for manifest in kept for item in manifest.objects}
+    needed |= {f"vectors/{manifest.run_id}/{_QUARANTINE}" for manifest in kept}
+    whole = {("runs", run_of(manifest.run_id)) for manifest in kept} | {("generations", manifest.generation) for manifest in kept}
     whole |= {(folder, run) for folder in ("runs", "vectors") for run in roots.busy}
     for folder in ("generations", "runs", "segments", "vectors"):
         for info in store.list(folder):
             _, name, *rest = info.key.split("/")
-            if info.key not in needed and (folder, name) not in whole and rest != [_REMOVED] and _old(info, roots):
+            if info.key not in needed and (folder, run_of(name)) not in whole and rest != [_REMOVED] and _old(info, roots):
                 yield info
     # Tables and towers go whole or not at all: their files are known to their engines only.
     tables = {manifest.table.uri for manifest in kept if manifest.table}

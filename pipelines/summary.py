@@ -10,13 +10,15 @@ from typing import Any, Literal, TypeVar, get_args
 
 from pipelines.errors import ManifestError
 from pipelines.layout import byte_size, counted, millions, printable, took
-from pipelines.manifest import FORMAT_VERSION, Parser, Verdict, canonical, count, generation_id, moment, optional, parse, read_fields, text
+from pipelines.manifest import Parser, Verdict, canonical, count, flag, generation_id, moment, optional, parse, read_fields, text
 from pipelines.metrics import Key
 from pipelines.telemetry import StageTime, per_second
 
 Outcome = Literal["published", "built", "nothing", "gates_failed", "guarded", "interrupted", "failed", "prepared"]
 T = TypeVar("T")
 
+# Format 2 has the guards, and how long actors waited. Format 1 is read as one that does not say.
+STATE_FORMAT = 2
 MAX_STATE_BYTES = 1024 * 1024
 MAX_ERROR_CHARACTERS = 2000
 # The stage whose rates are the tower's.
@@ -41,8 +43,9 @@ class RunFacts:
     """What is known about a run at its end. Counts that are absent from a mapping were not reached.
 
     `planned` and `actual` use the names of COUNTS; `actual` also has read, quarantined, embedded_texts, embedded_tokens,
-    halvings and attempts. `quarantined` is by reason, `retries` by kind, `recall` at 10 by index. `actor_s` is the time
-    that actors spent in forward passes. Times are aware and kept in UTC.
+    halvings and attempts. `quarantined` is by reason, `retries` by kind, `recall` at 10 by index; `guards` say which passed.
+    `actor_s` is the time that actors spent in forward passes, `actor_wait_s` the rest of their time from their start to
+    their last part. Times are aware and kept in UTC.
     """
 
     run_id: str
@@ -61,6 +64,7 @@ class RunFacts:
     retries: Mapping[str, int] = field(default_factory=dict)
     index_action: str | None = None
     index_reason: str | None = None
+    guards: Mapping[str, bool] = field(default_factory=dict)
     gates: Mapping[str, Verdict] = field(default_factory=dict)
     recall: Mapping[str, float] = field(default_factory=dict)
     bytes_written: int = 0
@@ -72,6 +76,7 @@ class RunFacts:
     held: str | None = None
     error: str | None = None
     actor_s: float = 0.0
+    actor_wait_s: float | None = None
     cost: float | None = None
     currency: str = ""
 
@@ -85,9 +90,16 @@ class RunFacts:
         for name in ("planned", "actual", "quarantined", "retries"):
             object.__setattr__(self, name, {str(key): int(value) for key, value in getattr(self, name).items()})
         object.__setattr__(self, "recall", {str(key): float(value) for key, value in self.recall.items()})
+        object.__setattr__(self, "guards", {str(key): bool(value) for key, value in self.guards.items()})
         object.__setattr__(self, "gates", dict(self.gates))
         object.__setattr__(self, "error", self.error and self.error[:MAX_ERROR_CHARACTERS])
-        numbers = [self.actor_s, self.cost or 0.0, *self.recall.values(), *(stage.seconds for stage in self.stages)]
+        numbers = [
+            self.actor_s,
+            self.actor_wait_s or 0.0,
+            self.cost or 0.0,
+            *self.recall.values(),
+            *(stage.seconds for stage in self.stages),
+        ]
         if not all(math.isfinite(number) for number in numbers):
             raise ManifestError(
                 f"run {self.run_id}: a time, a cost or a recall is no finite number ({numbers}). Leave out what was not measured."
@@ -102,12 +114,13 @@ class RunFacts:
         """Return the canonical bytes of `runs/<run>/state.json`."""
         times = {"started_at": self.started_at.isoformat(), "ended_at": self.ended_at.isoformat()}
         times |= {"in_step": self.in_step.isoformat()} if self.in_step else {}
-        return canonical({"format_version": FORMAT_VERSION, **asdict(self), **times})
+        return canonical({"format_version": STATE_FORMAT, **asdict(self), **times})
 
     @classmethod
     def from_json(cls, data: bytes, *, where: str = "state.json") -> RunFacts:
         """Read what `to_json` wrote, or raise `ManifestError` naming what is wrong and where."""
-        return parse(data, where=where, limit_bytes=MAX_STATE_BYTES, parsers=_PARSERS, build=cls)
+        added: Mapping[str, Any] = {"guards": {}, "actor_wait_s": None}
+        return parse(data, where=where, limit_bytes=MAX_STATE_BYTES, parsers=_PARSERS, build=cls, latest=STATE_FORMAT, added=added)
 
 
 def cost_of(actor_s: float, *, per_hour: float | None) -> float | None:
@@ -139,12 +152,15 @@ def metrics_of(facts: RunFacts) -> dict[Key, float]:
         seconds = sum(stage.seconds for stage in embed)
         single["embed_rows_per_second"] = per_second(sum(stage.rows for stage in embed), seconds)
         single["embed_tokens_per_second"] = per_second(sum(stage.tokens for stage in embed), seconds)
+    if facts.actor_s and facts.actor_wait_s is not None:
+        single["embed_busy_ratio"] = facts.actor_s / (facts.actor_s + facts.actor_wait_s)
     stages = {"total": facts.seconds}
     for stage in facts.stages:
         stages[stage.name] = stages.get(stage.name, 0.0) + stage.seconds
     labelled: dict[str, Mapping[str, float]] = {
         "run_seconds": stages,
         "rows_quarantined": facts.quarantined,
+        "guard_result": facts.guards,
         "gate_result": {gate: _GRADES[verdict] for gate, verdict in facts.gates.items() if verdict in _GRADES},
         "recall_at_10": facts.recall,
         "runs_total": {facts.outcome: 1},
@@ -327,6 +343,7 @@ _PARSERS: Mapping[str, Parser[Any]] = {
     "retries": _COUNTS,
     "index_action": optional(text),
     "index_reason": optional(text),
+    "guards": _mapped(flag),
     "gates": _mapped(_choice(get_args(Verdict))),
     "recall": _mapped(_number),
     "bytes_written": count,
@@ -338,6 +355,7 @@ _PARSERS: Mapping[str, Parser[Any]] = {
     "held": optional(text),
     "error": optional(text),
     "actor_s": _number,
+    "actor_wait_s": optional(_number),
     "cost": optional(_number),
     "currency": text,
 }

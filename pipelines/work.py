@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,16 +12,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.build import Build, Embedded, Space
+from pipelines.capacity import Patience
 from pipelines.contracts import Shard
 from pipelines.diff.dealing import assign, dealt_parts
 from pipelines.embed import EmbedJob, run_parts
-from pipelines.errors import PlanError
+from pipelines.errors import PlanError, SourceMoved
 from pipelines.manifest import Manifest, ManifestObject, TablePin
 from pipelines.parts import PartDone, PartWork
 from pipelines.schema import ACTION, ATTR, CHANGES, DELETE, HASH, ID, ID_HASH, QUARANTINE, REASON, ROW, SHARD, TEXT, TEXT_HASH, VECTOR
 from pipelines.storage import Store
 from pipelines.stores import lance
 from pipelines.stores.parquet import paid_texts, vectors_in
+from pipelines.turns import Turn
 
 # Below this a part is too small a window to sort by length: parts of 512 cost 8 % of the forward passes (docs/experiments.md).
 _LEAST_PART_ROWS, _MOST_PART_ROWS = 2048, 32768
@@ -45,14 +47,14 @@ def deal(build: Build, changes: Path, previous: Sequence[Path]) -> Dealt:
     paid = pa.table({TEXT_HASH: pa.array([], HASH), "part": pa.array([], pa.int64())})
     if build.afresh:
         known = pa.table({TEXT_HASH: pa.array([], HASH)})
-    else:
-        listed = frozenset(item.key for item in build.base.parts) if build.base else frozenset()
+    if not build.afresh or build.paid_by:
         paid_keys, paid = paid_texts(
             build.store,
             fingerprint=build.space.card.fingerprint,
             vector=build.space.vector,
-            skip=listed,
+            skip=frozenset(item.key for item in build.base.parts) if build.base else frozenset(),
             own=f"vectors/{build.run_id}/",
+            runs=build.paid_by if build.afresh else None,
         )
     rows = pq.read_metadata(changes).num_rows
     part_rows = build.embedding.part_rows or min(_MOST_PART_ROWS, max(_LEAST_PART_ROWS, -(-rows // _PARTS)))
@@ -68,9 +70,17 @@ def work_digest(space: Space, *, base: Manifest | None, changes: Path, part_rows
         return hashlib.file_digest(stream, lambda: hashlib.sha256(head.encode())).hexdigest()
 
 
-def embed(build: Build, dealt: Dealt, shards: Sequence[Shard]) -> Embedded:
-    """Make every part of the run durable, the ones with a forward pass first, because others copy from them."""
-    job = _job(build, shards)
+def embed(build: Build, dealt: Dealt, shards: Sequence[Shard], *, ahead: Turn | None = None) -> Embedded:
+    """Make every part of the run durable, the ones with a forward pass first, because others copy from them.
+
+    `ahead` of joining what is published, in turns with runs that go first, only those with a forward pass are made, and a
+    catalog that moves is told and no error.
+    """
+    job = replace(_job(build, shards), turn=ahead)
+
+    def waits(why: str) -> None:
+        build.observer.event("embed.waits", why=why)
+
     done: list[PartDone] = []
     lost: list[pa.Table] = []
     rejected: list[pa.Table] = []
@@ -78,23 +88,27 @@ def embed(build: Build, dealt: Dealt, shards: Sequence[Shard]) -> Embedded:
     def finish(works: Iterator[PartWork], stage: str, total: int | None) -> list[PartDone]:
         made = []
         with build.observer.stage(stage, total=total, unit="row") as progress:
-            for item in run_parts(works, job):
+            for item in run_parts(works, job, tell=waits, patience=_patience(build)):
                 progress.advance(item.rows, tokens=item.tokens)
                 build.store.failpoint(f"run.part:{stage}")
                 made.append(item)
+                done.append(item)
                 lost.append(item.lost)
                 rejected.append(item.rejected)
-        done.extend(made)
         return made
 
-    fresh = finish(
-        (PartWork(number=n, kind="embed", rows=_plain(rows)) for n, rows in dealt_parts(dealt.path, kind="embed")),
-        "embed",
-        dealt.counts["embed_rows"],
-    )
+    works = (PartWork(number=n, kind="embed", rows=_plain(rows)) for n, rows in dealt_parts(dealt.path, kind="embed"))
+    fresh, moved = [], ""
+    try:
+        fresh = finish(works, "embed", dealt.counts["embed_rows"])
+    except SourceMoved as error:
+        if ahead is None:
+            raise
+        moved = str(error)
     offset = dealt.counts["embed_parts"]
     homes = {item.number: item.object for item in fresh if item.object is not None}
-    finish(_others(build, dealt, offset=offset, homes=homes, lost=lost, rejected=rejected), "copy", None)
+    if ahead is None:
+        finish(_others(build, dealt, offset=offset, homes=homes, lost=lost, rejected=rejected), "copy", None)
     objects = sorted((item.object for item in done if item.object is not None), key=lambda item: item.key)
     return Embedded(
         parts=tuple(objects),
@@ -103,9 +117,11 @@ def embed(build: Build, dealt: Dealt, shards: Sequence[Shard]) -> Embedded:
         texts=sum(item.texts for item in done),
         tokens=sum(item.tokens for item in done),
         seconds=sum(item.seconds for item in done),
+        waited=sum(item.waited for item in done),
         halvings=sum(item.halvings for item in done),
         retries=sum(max(0, item.attempts - 1) for item in done),
         skipped=sum(item.skipped for item in done),
+        moved=moved,
     )
 
 
@@ -123,11 +139,25 @@ def _job(build: Build, shards: Sequence[Shard]) -> EmbedJob:
         dims=build.space.card.dims,
         vector=build.space.vector,
         actors=options.actors,
+        at_most=options.at_most,
         gpus_per_actor=options.gpus_per_actor,
         token_budget=options.token_budget,
         threads=options.threads,
         lanes=options.lanes,
         tokenize=options.tokenize,
+        resources=options.resources,
+    )
+
+
+def _patience(build: Build) -> Patience | None:
+    """Wait for room as long as the project says, and tell what is missing."""
+    limit_s = build.embedding.wait_s
+    if limit_s is None:
+        return None
+    return Patience(
+        limit_s=limit_s,
+        tell=lambda told: build.observer.event("capacity.waiting", **told.facts),
+        lost=lambda why: build.observer.event("capacity.lost", level="warning", why=why),
     )
 
 

@@ -14,6 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 RUN = "run"
+_RAY = "ray.address"
 
 
 class Group(click.Group):
@@ -143,7 +144,13 @@ def settings_of(obj: dict[str, Any], *, index_spec: str | None = None, **overrid
     from jobs.settings import load, with_index
 
     named = {name.replace("__", "."): value for name, value in overrides.items()}
+    if _RAY in named:
+        named["ray.insecure"] = obj.get("insecure")
     settings = load(config_path(obj), target=obj["target"], overrides=named)
+    if _RAY in named and settings.ray.address.startswith(("http://", "https://")):
+        from jobs.cli.remote import send
+
+        sys.exit(send(settings, obj))
     return settings if index_spec is None else with_index(settings, index_spec)
 
 
@@ -217,9 +224,25 @@ def output_option(*forms: str) -> Callable[[Any], Any]:
     )
 
 
-ray_option = click.option(
-    "--ray-address", default=None, metavar="ADDRESS", help="local (a private cluster for this command), auto, host:port or ray://host:port."
-)
+def ray_option(command: Any) -> Any:
+    """Let a command say which cluster works for it."""
+    insecure = click.option(
+        "--insecure-cluster",
+        is_flag=True,
+        default=None,
+        expose_value=False,
+        callback=lambda ctx, _, given: ctx.find_root().obj.update(insecure=given) if given else None,
+        help="Use a cluster that is not on loopback although it does not ask for a token.",
+    )
+    address = click.option(
+        "--ray-address",
+        default=None,
+        metavar="ADDRESS",
+        help="local (a private cluster for this command), auto or host:port (from a node of the cluster), or http://host:8265: the same command as a job there, with this code and configuration. ray:// (Ray Client) is refused.",
+    )
+    return address(insecure(command))
+
+
 now_option = click.option(
     "--now", default=None, metavar="ISO", help="Do as if it were this moment, with zone: for tests and for looking at a past night."
 )

@@ -17,37 +17,34 @@ STALE = 1
 
 @cli.command(cls=Command)
 @click.option("--max-lag", default=None, metavar="SPAN", help="Exit 1 when the index is further behind than this, such as 26h.")
+@click.option("--watch", is_flag=True, help="Go on showing the runs that work now, until none does.")
+@click.option(
+    "--every", type=click.FloatRange(0.2, 3600), default=2.0, show_default=True, metavar="SECONDS", help="How often --watch looks."
+)
 @output_option("text", "json", "jsonl")
 @click.pass_obj
-def status(obj: dict[str, Any], max_lag: str | None, output: str) -> None:
-    """Show which generation is live, how old it is, who is writing, and how the last run went."""
-    from jobs.inspect import look
-    from pipelines.layout import byte_size, duration, printable
+def status(obj: dict[str, Any], max_lag: str | None, output: str, *, watch: bool, every: float) -> None:
+    """Show which generation is live, how old it is, who works and how far they are, and how the last run went.
+
+    With --watch the runs that work now are followed, from any terminal that reaches the store: what is shown is a few seconds old.
+    Ctrl-C ends the watching, and no run.
+    """
+    from jobs.inspect import look, require_store
+    from jobs.watching import follow
     from pipelines.window import span
 
-    found = look(settings_of(obj), max_lag=span(max_lag) if max_lag else None)
+    settings = settings_of(obj)
+    lag = span(max_lag) if max_lag else None
+    if watch:
+        for item in follow(require_store(settings), every_s=every):
+            say(asdict(item), f"{item.shown()}\n", "jsonl" if output == "json" else output)
+            sys.stdout.flush()
+    found = look(settings, max_lag=lag)
     if output != "text":
         last_run = json.loads(found.last_run.to_json()) if found.last_run else None
         say({**asdict(found), "last_run": last_run}, "", output)
-    elif found.generation is None:
-        click.echo(f"{found.alias}: nothing is published yet. Start with `catalog-embed run`.")
     else:
-        held = f"  HELD: {printable(found.reason) or 'no reason given'}" if found.held else ""
-        lines = [f"{found.alias}  {found.generation}  entry {found.seq}{held}"]
-        lines += [
-            f"  published  {found.published_at:%Y-%m-%d %H:%M} UTC, {found.live:,} products, {found.segments} segments, {byte_size(found.bytes)}"
-        ]
-        lines += [
-            f"  watermark  {found.watermark:%Y-%m-%d %H:%M} UTC, in step {duration(max(found.lag_s or 0.0, 0.0))} ago{'  STALE' if found.stale else ''}"
-        ]
-        lines += [f"  tower      {found.tower[:12]}"]
-        bad = sorted(name for name, verdict in (found.gates or {}).items() if verdict not in ("passed", "skipped"))
-        lines += [f"  gates      {len(found.gates or {})} judged{', look at ' + ', '.join(bad) if bad else ', none warned'}"]
-        lines += [f"  writing    {printable(item)}" for item in found.writing]
-        if found.last_run is not None:
-            last = found.last_run
-            lines += [f"  last run   {last.run_id}  {last.command}  {last.outcome.replace('_', ' ')}  exit {last.exit_code}"]
-        click.echo("\n".join(lines))
+        click.echo(found.text())
     sys.exit(STALE if found.stale else 0)
 
 

@@ -1,4 +1,4 @@
-"""Doing the work: run, plan, apply, backfill."""
+"""Doing the work: run, plan, apply, backfill, and its pause."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ CHANGES_PRESENT = 3
 @click.option("--dry-run", is_flag=True, help="Only plan: show what would be done and write nothing.")
 @click.option("--no-publish", is_flag=True, help="Build and judge the generation, and leave publishing to `publish`.")
 @click.option("--reason", default="", metavar="TEXT", help="A note that the publish log keeps.")
+@click.option(
+    "--wait", default=None, metavar="SPAN", help="Wait so long, such as 1h, for a lease that another run holds. Default: exit 11 at once."
+)
 @index_option
 @break_lease_option
 @yes_option
@@ -55,6 +58,7 @@ def run(
     dry_run: bool,
     no_publish: bool,
     reason: str,
+    wait: str | None,
     index_spec: str | None,
     break_lease: bool,
     yes: bool,
@@ -72,10 +76,14 @@ def run(
     Exit codes: 0 published, or nothing to do, or built and held; 10 a gate failed and the candidate is kept; 11 another run holds the lease;
     12 a guard of the source tripped; 13 too many rows quarantined; 14 interrupted.
     """
+    from dataclasses import replace
+
     from jobs.nightly import Night, run_night
+    from pipelines.window import span
 
     settings = settings_of(obj, index_spec=index_spec, ray__address=ray_address)
     night = Night(since=since, deletes=deletes, now=moment(now), verbose=obj["verbose"] > 0, publish=not no_publish, reason=reason)
+    night = replace(night, wait=span(wait)) if wait else night
     if dry_run:
         _only_plan(settings, night, output)
     if break_lease:
@@ -199,9 +207,9 @@ def apply(
 @click.option("--to", "until", default=None, metavar="WHEN", help="Products updated before this, in the same words. Default: now.")
 @click.option(
     "--reason",
-    type=click.Choice(["missing", "failed", "all"]),
     default=None,
-    help="missing: in the catalog and not in the index. failed: those of them that a run has quarantined. all: everything, again.",
+    metavar="WHY",
+    help="missing: in the catalog and not in the index. failed: those of them that a run has quarantined; or for one reason, such as embed_killed. all: everything, again.",
 )
 @click.option(
     "--tower",
@@ -209,6 +217,13 @@ def apply(
     default=None,
     metavar="DIR",
     help="Embed the whole catalog with another tower, beside the live index.",
+)
+@click.option(
+    "--max-parallel",
+    type=click.IntRange(1, 100_000),
+    default=None,
+    metavar="N",
+    help="Embed with at most N actors, so that the rest of a cluster stays free.",
 )
 @click.option("--publish", "publish_it", is_flag=True, help="Publish the result at once. Without it, `publish` does.")
 @click.option("--dry-run", is_flag=True, help="Only plan: show what would be made again and write nothing.")
@@ -228,6 +243,7 @@ def backfill(
     until: str | None,
     reason: Any,
     tower: Path | None,
+    max_parallel: int | None,
     *,
     publish_it: bool,
     dry_run: bool,
@@ -243,20 +259,23 @@ def backfill(
 
     Nothing is deleted, and the watermark stays: the next run reads what it would have read. With --tower the new space
     grows beside the live one, and only `publish` switches; started again, it embeds what has changed since.
+
+    Runs that publish go first: while one writes, a backfill gives its actors back and waits; `pause` and `resume` do the same by
+    hand, and `status --watch` shows from any terminal how far it is. Killed, the same command goes on from the finished parts.
     """
-    from jobs.backfill import Choice, chosen
-    from jobs.nightly import Night, run_night
+    from jobs.backfill import Choice, chosen, run_backfill
+    from jobs.nightly import Night
 
     settings = settings_of(obj, index_spec=index_spec, ray__address=ray_address)
     choice = Choice(where=where, ids=_ids(ids), since=since, until=until, reason=reason, tower=tower)
-    plain = Night(now=moment(now), verbose=obj["verbose"] > 0, publish=publish_it, command="backfill")
+    plain = Night(now=moment(now), verbose=obj["verbose"] > 0, publish=publish_it, command="backfill", max_parallel=max_parallel)
     night = chosen(settings, choice, plain)
     if dry_run:
         _only_plan(settings, night, output)
     if break_lease:
         _break_lease(settings, yes=yes, tower=tower)
     with _watched(obj, progress) as listeners:
-        record = run_night(settings, _with(night, listeners))
+        record = run_backfill(settings, _with(night, listeners))
     if choice.ids and record.ran is not None and (absent := len(set(choice.ids)) - record.ran.plan.actions.changed) > 0:
         click.echo(f"{absent:,} of the {len(set(choice.ids)):,} ids have no live row in the catalog", err=True)
     _end(record, output)
@@ -352,3 +371,27 @@ def rebuild(obj: dict[str, Any], index_spec: str | None, progress: Any, output: 
     with _watched(obj, progress) as listeners:
         record = rebuild_live(settings, _with(Night(publish=not no_publish, command="rebuild"), listeners))
     _end(record, output)
+
+
+@cli.command(cls=Command)
+@click.argument("run_id", required=False, metavar="[RUN]")
+@click.option("--reason", default="", metavar="TEXT", help="What others shall read.")
+@click.pass_obj
+def pause(obj: dict[str, Any], run_id: str | None, reason: str) -> None:
+    """Let a backfill finish the parts in flight, give its actors back, and wait. Default: the one that works now."""
+    from jobs.inspect import require_store
+    from jobs.watching import pause_backfill
+
+    one = pause_backfill(require_store(settings_of(obj)), run_id, reason=reason)
+    click.echo(f"{one} stops after the parts in flight; `catalog-embed resume` lets it go on")
+
+
+@cli.command(cls=Command)
+@click.argument("run_id", required=False, metavar="[RUN]")
+@click.pass_obj
+def resume(obj: dict[str, Any], run_id: str | None) -> None:
+    """Let a paused backfill go on. Default: the one that is paused."""
+    from jobs.inspect import require_store
+    from jobs.watching import resume_backfill
+
+    click.echo(f"{resume_backfill(require_store(settings_of(obj)), run_id)} goes on")

@@ -81,16 +81,20 @@ def _explained(where: str) -> Iterator[None]:
         raise CorruptObject(f"{where}: cannot be read as Parquet ({error}). Restore it from a copy, or start a new run.") from error
 
 
-def paid_texts(store: Store, *, fingerprint: str, vector: str, skip: Container[str], own: str) -> tuple[list[str], pa.Table]:
+def paid_texts(
+    store: Store, *, fingerprint: str, vector: str, skip: Container[str], own: str, runs: Container[str] | None = None
+) -> tuple[list[str], pa.Table]:
     """Find texts whose vectors runs paid for and never published: the parts' keys, and (text_hash, number of the key).
 
-    Looks at parts of this tower and vector type that are neither in `skip` nor below `own`. Reads footers and text
+    Looks at parts of this tower and vector type that are neither in `skip` nor below `own`, of these runs or of all. Reads footers and text
     hashes, no vector. A damaged part is passed over: it was never promised, and its texts are embedded again.
     """
     keys: list[str] = []
     found = [pa.table({TEXT_HASH: pa.array([], HASH), "part": pa.array([], pa.int64())})]
     for info in store.list("vectors"):
         if info.key in skip or info.key.startswith(own) or not _PART_NAME.fullmatch(info.key):
+            continue
+        if runs is not None and info.key.split("/")[1] not in runs:
             continue
         with suppress(CorruptObject):
             metadata = metadata_of(_Ranges(store, info), where=info.key)

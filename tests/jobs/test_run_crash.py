@@ -185,7 +185,7 @@ def towers_below(pid: int) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if "MapBatches(_Tower)" in " ".join(child.cmdline()):
+            if "MapBatches(Tower)" in " ".join(child.cmdline()):
                 found.append(child)
     return found
 

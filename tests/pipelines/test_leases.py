@@ -32,11 +32,8 @@ from pipelines.leases import (
     break_lease,
     held,
     live_leases,
-    pin_reader,
-    read_pins,
-    release_reader,
-    renew_reader,
 )
+from pipelines.reader_pins import pin_reader, read_pins, release_reader, renew_reader
 from pipelines.storage import Store
 from tests.conftest import S3Server
 from tests.faults import Recorder, Strike, StrikeAt, in_child, strikes, under

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipelines.errors import InputError
-from pipelines.pool import Pool, PoolOptions, pool
+from pipelines.pool import NoRoom, Pool, PoolOptions, pool
 
 Node = Mapping[str, float]
 
@@ -54,7 +54,7 @@ CLUSTERS: Mapping[str, tuple[Sequence[Node], Mapping[str, Any], int, tuple[int, 
 def test_pool_of_a_cluster(name: str) -> None:
     nodes, asked, parts, (actors, cpus, gpus, threads, device, ahead) = CLUSTERS[name]
     found = pool(nodes, PoolOptions(**asked), parts=parts)
-    assert found == Pool(actors=actors, cpus=cpus, gpus=gpus, threads=threads, device=device, ahead=ahead)
+    assert found == Pool(actors=actors, most=actors, cpus=cpus, gpus=gpus, threads=threads, device=device, ahead=ahead)
     # Without a whole CPU for them, the tasks that feed the actors would wait for ever.
     assert any(item["CPU"] - cpus * actors >= 1 for item in nodes) or sum(item["CPU"] for item in nodes) - cpus * actors >= len(nodes)
     for item in nodes if gpus else []:
@@ -74,3 +74,75 @@ def test_pool_of_a_cluster(name: str) -> None:
 def test_actors_that_no_node_has_room_for_are_refused(nodes: Sequence[Node], asked: Mapping[str, Any], room: str) -> None:
     with pytest.raises(InputError, match=room):
         pool(nodes, PoolOptions(**asked), parts=9)
+
+
+def embedder(cpus: float, count: float = 1, gpus: float = 0) -> Node:
+    """Return a node that was given a resource of that name."""
+    return {**node(cpus, gpus), "embedder": count}
+
+
+# Nodes, what is asked for, and what comes: actors, the most there may be, CPUs and GPUs of each, threads.
+NAMED: Mapping[str, tuple[Sequence[Node], Mapping[str, Any], tuple[int, int, float, float, int]]] = {
+    "one node of three has it": ([node(0), node(8), embedder(4)], {}, (1, 1, 3.0, 0.0, 4)),
+    "two of them side by side": ([node(8), embedder(8, 2)], {}, (2, 2, 3.0, 0.0, 4)),
+    "a node without a core for the actor": ([node(8), embedder(1)], {}, (1, 1, 0.0, 0.0, 1)),
+    "fewer actors than there is room for": ([embedder(4), embedder(4)], {"actors": 1}, (1, 1, 3.0, 0.0, 4)),
+    "GPUs elsewhere are no business of it": ([node(64, 8), embedder(4, 1)], {}, (1, 1, 3.0, 0.0, 4)),
+    "GPUs where it is": ([node(64, 8), embedder(16, 1, 2)], {}, (1, 1, 2.0, 1.0, 2)),
+    "more may come": ([embedder(4), node(2)], {"growing": True}, (1, 99, 3.0, 0.0, 4)),
+    "more may come, up to a number": ([embedder(4), node(2)], {"growing": True, "actors": 3}, (1, 3, 3.0, 0.0, 4)),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_only_nodes_with_the_named_resource_hold_actors(name: str) -> None:
+    nodes, asked, (actors, most, cpus, gpus, threads) = NAMED[name]
+    found = pool(nodes, PoolOptions(resources={"embedder": 1.0}, **asked), parts=99)
+    assert (found.actors, found.most, found.cpus, found.gpus, found.threads) == (actors, most, cpus, gpus, threads)
+    assert found.wanted == {"CPU": cpus, "GPU": gpus, "embedder": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "most"),
+    [
+        ([node(8)], {}, 99),
+        ([node(8)], {"actors": 2}, 2),
+        ([node(16, 1)], {}, 99),
+        ([node(16, 1)], {"actors": 3}, 3),
+        # An actor that takes no whole CPU would find room on a node that has an actor.
+        ([node(1)], {}, 1),
+    ],
+)
+def test_a_cluster_that_grows_begins_with_what_fits_and_leaves_room_for_more(
+    nodes: Sequence[Node], asked: Mapping[str, Any], most: int
+) -> None:
+    found = pool(nodes, PoolOptions(growing=True, **asked), parts=99)
+    assert found.most == most
+    assert pool(nodes, PoolOptions(growing=True, **asked), parts=1).most == 1
+    if not asked.get("actors"):
+        assert found.actors == pool(nodes, PoolOptions(**asked), parts=99).actors
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "wanted"),
+    [
+        ([], {}, {"CPU": 1.0}),
+        ([node(0)], {}, {"CPU": 1.0}),
+        ([node(8)], {"gpus_per_actor": 1.0}, {"CPU": 1.0, "GPU": 1.0}),
+        ([node(8)], {"resources": {"embedder": 2.0}}, {"CPU": 1.0, "embedder": 2.0}),
+        ([embedder(8)], {"resources": {"embedder": 2.0}}, {"CPU": 1.0, "embedder": 2.0}),
+    ],
+)
+def test_a_cluster_without_room_for_one_actor_says_what_one_takes(
+    nodes: Sequence[Node], asked: Mapping[str, Any], wanted: Mapping[str, float]
+) -> None:
+    with pytest.raises(NoRoom) as refused:
+        pool(nodes, PoolOptions(growing=True, **asked), parts=9)
+    assert refused.value.wanted == wanted
+
+
+def test_more_named_resources_than_there_are_are_refused_where_none_can_come() -> None:
+    with pytest.raises(
+        InputError, match=r"2 actors with 1 embedder are more than the .* of the nodes hold, which is 1\. Lower `actors` or `resources`"
+    ):
+        pool([embedder(8)], PoolOptions(resources={"embedder": 1.0}, actors=2), parts=9)

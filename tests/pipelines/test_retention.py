@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from pipelines.disk import NO_FAULTS, Faults
 from pipelines.errors import InputError, ManifestError, NotFound, PlanError, StoreError
 from pipelines.layout import byte_size
-from pipelines.leases import acquire, pin_reader, release_reader
+from pipelines.leases import acquire
 from pipelines.manifest import Manifest, TablePin
 from pipelines.publish import current, history, next_generation, open_manifest, publish, rollback, write_generation
+from pipelines.reader_pins import pin_reader, release_reader
 from pipelines.retention import (
     GcPlan,
     Removed,

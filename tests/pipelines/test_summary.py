@@ -51,6 +51,7 @@ FACTS = RunFacts(
     retries={"storage": 3},
     index_action="delta segment",
     index_reason="0.6 % changed",
+    guards={"duplicates": True, "deletes": False},
     gates={"churn": "warned", "recall_at_10": "passed", "readback": "passed"},
     recall={"lance": 0.981, "faiss": 0.97249},
     bytes_written=1_234_567_890,
@@ -58,6 +59,7 @@ FACTS = RunFacts(
     orphan_bytes=0,
     alias_seq=42,
     actor_s=118.0,
+    actor_wait_s=29.5,
     cost=0.4261,
     currency="EUR",
 )
@@ -148,6 +150,7 @@ def test_metrics_of_a_published_run() -> None:
         ("rows_skipped", ()): 5151.0,
         ("rows_deleted", ()): 6114.0,
         ("embed_cost", ()): 0.4261,
+        ("embed_busy_ratio", ()): 0.8,
         ("generation_bytes", ()): 5.6e9,
         ("orphan_bytes", ()): 0.0,
         ("gpu_seconds_total", ()): 118.0,
@@ -162,6 +165,8 @@ def test_metrics_of_a_published_run() -> None:
         ("run_seconds", ("publish",)): 0.2,
         ("rows_quarantined", ("too_long",)): 1.0,
         ("rows_quarantined", ("duplicate_id",)): 38.0,
+        ("guard_result", ("duplicates",)): 1.0,
+        ("guard_result", ("deletes",)): 0.0,
         ("gate_result", ("churn",)): 0.5,
         ("gate_result", ("recall_at_10",)): 1.0,
         ("gate_result", ("readback",)): 1.0,
@@ -206,6 +211,7 @@ records = st.builds(
     retries=counts,
     index_action=st.none() | names,
     index_reason=st.none() | names,
+    guards=st.dictionaries(names, st.booleans(), max_size=4),
     gates=st.dictionaries(names, st.sampled_from(["passed", "warned", "failed", "skipped"]), max_size=4),
     recall=st.dictionaries(names, st.floats(0, 1), max_size=3),
     bytes_written=st.integers(0, 2**60),
@@ -215,6 +221,7 @@ records = st.builds(
     alias_seq=st.none() | st.integers(0, 10**8),
     error=st.none() | st.text(),
     actor_s=seconds,
+    actor_wait_s=st.none() | seconds,
     cost=st.none() | seconds,
     currency=st.sampled_from(["", "EUR"]),
 )
@@ -235,6 +242,22 @@ def test_state_survives_a_round_trip_and_everything_can_be_made_from_it(facts: R
     render_prometheus(metrics_of(facts), labels={"alias": facts.alias})
 
 
+def test_state_of_format_1_is_read_as_one_that_does_not_say_what_format_2_added() -> None:
+    old = json.loads(FACTS.to_json()) | {"format_version": 1}
+    del old["guards"], old["actor_wait_s"]
+    facts = RunFacts.from_json(json.dumps(old).encode())
+    assert facts == replace(FACTS, guards={}, actor_wait_s=None)
+    names = {name for name, _ in metrics_of(facts)}
+    assert not names & {"guard_result", "embed_busy_ratio"}
+    with pytest.raises(ManifestError, match="missing actor_wait_s, guards"):
+        RunFacts.from_json(json.dumps(old | {"format_version": 2}).encode())
+
+
+def test_actors_that_had_nothing_to_do_have_no_share_of_it() -> None:
+    for spent, waited in ((0.0, 5.0), (0.0, None), (5.0, None)):
+        assert ("embed_busy_ratio", ()) not in metrics_of(replace(FACTS, actor_s=spent, actor_wait_s=waited))
+
+
 def test_every_field_has_a_parser() -> None:
     assert summary._PARSERS.keys() == {item.name for item in fields(RunFacts)}
 
@@ -251,6 +274,7 @@ def test_every_field_has_a_parser() -> None:
         ("actual", {"read": 1.5}, "state.json.actual.read: expected a whole number"),
         ("actual", [], "state.json.actual: expected an object"),
         ("gates", {"churn": "maybe"}, "state.json.gates.churn: expected one of passed"),
+        ("guards", {"deletes": 1}, "state.json.guards.deletes: expected true or false"),
         ("recall", {"faiss": True}, "state.json.recall.faiss: expected a number"),
         ("actor_s", 10**400, "state.json.actor_s: the number is too large"),
         ("currency", None, "state.json.currency: expected a string"),
