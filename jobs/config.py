@@ -240,3 +240,19 @@ def _suggest(word: str, known: Iterable[Any]) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a text of several lines as one block, as a person would."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def as_yaml(data: Mapping[str, Any]) -> str:
+    """Write data as a person would have it."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
