@@ -13,8 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.cluster import connected
-from jobs.nightly import Bases, Night, open_source_of, open_store, plan_request
+from jobs.nightly import Bases, Night, on_cluster, open_source_of, open_store, plan_request
 from jobs.records import all_runs
 from jobs.settings import Settings
 from jobs.watching import Working, working
@@ -286,7 +285,7 @@ def _from_source(settings: Settings, product: str, *, verbose: bool) -> Generato
     """Read the product's row once more, show its text as it would be now, and return the text's hash."""
     request = plan_request(settings, Night(since="beginning"), Bases(live=None, extended=None, seq=0))
     try:
-        with connected(settings.ray.address, verbose=verbose):
+        with on_cluster(settings, verbose=verbose):
             found = texts_of(open_source_of(settings), [product], request)
     except SourceError as error:
         yield "source", f"cannot be read now: {error}"

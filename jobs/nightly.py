@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -99,7 +99,7 @@ def planned(settings: Settings, night: Night) -> Iterator[PlannedNight]:
     request = plan_request(settings, night, bases)
     with (
         tempfile.TemporaryDirectory(prefix="catalog-embed-") as work,
-        connected(settings.ray.address, verbose=night.verbose, insecure=settings.ray.insecure, wait_s=settings.ray.wait_s),
+        on_cluster(settings, verbose=night.verbose),
     ):
         event("plan.started", alias=request.alias, base=bases.live.generation if bases.live else "none", since=_shown(request.window))
         result = make_plan(source, base=base_of(settings, bases.extended), request=request, work=Path(work))
@@ -180,11 +180,17 @@ def started(settings: Settings, night: Night, *, ahead: bool = False) -> Iterato
         with (
             tempfile.TemporaryDirectory(prefix="catalog-embed-") as folder,
             leased(options, record.run_id, ahead=ahead, wait=night.wait, tell=record.waits) as lease,
-            connected(settings.ray.address, verbose=night.verbose, insecure=settings.ray.insecure, wait_s=settings.ray.wait_s),
+            on_cluster(settings, verbose=night.verbose),
         ):
             yield Work(
                 settings=settings, record=record, source=source, options=options, lease=lease, folder=Path(folder), intent=night.intent
             )
+
+
+def on_cluster(settings: Settings, *, verbose: bool = False) -> AbstractContextManager[None]:
+    """Use the project's cluster while the block runs."""
+    ray = settings.ray
+    return connected(ray.address, verbose=verbose, insecure=ray.insecure, wait_s=ray.wait_s)
 
 
 def _located(result: Planned, work: Path, request: PlanRequest) -> Path:

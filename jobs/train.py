@@ -35,12 +35,11 @@ from encoder.registry import RECORD, TowerCard, export_tower, read_card
 from encoder.relevance import judgments_digest
 from encoder.scoreboard import Cell
 from encoder.splits import split
-from jobs.cluster import connected
 from jobs.evaluate import EvalRequest, Measured, measured, split_by
 from jobs.fleet import on_workers
 from jobs.material import grades_of, judgments_of, made_folder, products_of, read_table
 from jobs.mine import VERDICTS, mixed, searched
-from jobs.nightly import tower_directory, tower_options
+from jobs.nightly import on_cluster, tower_directory, tower_options
 from jobs.recipes import load_recipe
 from jobs.settings import Settings
 from pipelines.errors import InputError
@@ -102,7 +101,7 @@ def train_tower(settings: Settings, lesson: Lesson, *, others: Sequence[Settings
     material, test, facts = gather(settings, lesson, by=_split(base, recipe), others=others)
     school = School(recipe=recipe, material=material, base=base, work=work, device=lesson.device, mined=mined, judged=judged)
     if lesson.workers > 1:
-        with connected(settings.ray.address):
+        with on_cluster(settings):
             on_workers(school.attend, lesson.workers, work=work)
     else:
         school.attend(alone, tell)

@@ -25,6 +25,8 @@ from pipelines.turns import BACKFILL, WRITING, pause, paused, resume
 
 # A put to a bucket takes some 50 ms; nobody looks more often.
 WRITE_EVERY_S = 5.0
+# Stages follow each other within milliseconds in a quiet night.
+_STAGE_S = 1.0
 _MAX_BYTES = 64 * 1024
 
 
@@ -39,18 +41,24 @@ class Beacon:
     def on_event(self, event: Event) -> None:
         """Note why the run waits."""
         if event.name in ("embed.waits", "lease.waits"):
-            self._say(waits=str(event.fields["why"]), now=True)
+            self._say(waits=str(event.fields["why"]), least_s=0.0)
         elif event.name == "capacity.waiting":
-            self._say(waits=f"for a node with {event.fields['wanted']}; there is {event.fields['there']}", now=True)
+            self._say(waits=f"for a node with {event.fields['wanted']}; there is {event.fields['there']}", least_s=0.0)
 
     def on_progress(self, progress: Progress) -> None:
         """Note how far a stage is; where it moves, nobody waits."""
         done = {"stage": progress.stage, "unit": progress.unit, "rows": progress.rows, "total": progress.total}
-        self._say(**done, rows_per_s=progress.rows_per_s, eta_s=progress.eta_s, waits="", now=progress.state == "began")
+        self._say(
+            **done,
+            rows_per_s=progress.rows_per_s,
+            eta_s=progress.eta_s,
+            waits="",
+            least_s=_STAGE_S if progress.state == "began" else WRITE_EVERY_S,
+        )
 
-    def _say(self, *, now: bool, **said: Any) -> None:
+    def _say(self, *, least_s: float, **said: Any) -> None:
         self._said |= said
-        if now or time.monotonic() - self._written_s >= WRITE_EVERY_S:
+        if time.monotonic() - self._written_s >= least_s:
             self._written_s = time.monotonic()
             at = datetime.now(tz=UTC).isoformat(timespec="seconds")
             # A store that fails here fails the run where it matters; this is only for those who look.

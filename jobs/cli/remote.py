@@ -20,8 +20,14 @@ _IDS = "ids.txt"
 def send(settings: Any, obj: dict[str, Any]) -> int:
     """Submit the command that is running now, and return its exit code."""
     from jobs.cluster import host_of, is_loopback
+    from jobs.schedule import literal_secrets
     from jobs.submit import Command, submit
 
+    if found := literal_secrets(config_path(obj)):
+        advice = "Write `${NAME}` there, and set the variable on the cluster's nodes."
+        raise click.UsageError(
+            f"{', '.join(found)} holds a secret as it is, and the configuration would be copied to the cluster. {advice}"
+        )
     ctx = click.get_current_context()
     address = settings.ray.address
     near = is_loopback(host_of(address))

@@ -16,6 +16,7 @@ import pytest
 from jobs.config import Layer, Value
 from jobs.submit import Command, _fill, entrypoint, variables
 from tests.cluster import Loopback, free_port, loopback
+from tests.jobs.commands import commands
 from tests.shops import closing, make_shop, read_catalog, write_catalog
 
 CANARY = "canary-4711"
@@ -50,6 +51,15 @@ def test_variables_of_this_machine_stay_but_for_places(tmp_path: Path) -> None:
     found = variables(command_of(tmp_path / "c.yaml", layer))
     assert found["CATALOG_EMBED_STORE__ROOT"] == '"s3://b/x"'
     assert CANARY not in str(found)
+
+
+def test_a_configuration_with_a_secret_in_clear_is_not_copied_to_a_cluster(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = make_shop(tmp_path / "shop", products=20, tower=False, store={"options": {"secret_access_key": CANARY}})
+    refused = commands(capfd, config)("run", "--ray-address", "http://127.0.0.1:9")
+    assert refused.code == 2
+    assert "store.options" in refused.err
+    assert "${NAME}" in refused.err
+    assert CANARY not in refused.err
 
 
 def test_arguments_reach_the_command_as_they_are() -> None:
