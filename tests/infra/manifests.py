@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 INFRA = ROOT / "infra"
 KUBERAY = INFRA / "kuberay"
 OVERLAYS = ("gpu-small", "gpu-large")
-KUSTOMIZATIONS = ("base", "backfill", "train", *(f"overlays/{name}" for name in OVERLAYS))
+KUSTOMIZATIONS = ("base", "backfill", "gc", "train", *(f"overlays/{name}" for name in OVERLAYS))
 
 Object = Mapping[str, Any]
 # LibYAML's safe loader is ten times as fast.
@@ -66,6 +66,11 @@ def manifests() -> Mapping[str, Object]:
 def of_kind(kind: str) -> dict[str, Object]:
     """The objects of one kind."""
     return {where: item for where, item in manifests().items() if item["kind"] == kind}
+
+
+def nightly() -> Object:
+    """The CronJob of the nightly run."""
+    return manifests()["base/nightly.yaml: CronJob catalog-embed-nightly"]
 
 
 def ray_jobs() -> dict[str, Object]:

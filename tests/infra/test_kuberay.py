@@ -41,7 +41,7 @@ def nodes_of(job: infra.Object) -> list[dict[str, float]]:
 
 
 def test_names_that_the_cron_job_leads_to_are_short_enough() -> None:
-    (cron,) = infra.of_kind("CronJob").values()
+    cron = infra.nightly()
     assert not objections(
         infra.ray_jobs()["base/nightly-rayjob.yaml: RayJob catalog-embed-nightly-"], name=cron["metadata"]["name"] + CRON_SUFFIX
     )
@@ -144,7 +144,7 @@ def test_tokens_and_keys_come_from_secrets_and_none_is_written_down() -> None:
             for item in container.get("env", []):
                 secret = any(word in item["name"] for word in ("TOKEN", "SECRET", "PASSWORD", "KEY"))
                 assert not (secret and "value" in item), pod.where
-            if pod.component in ("ray-head", "ray-worker"):
+            if pod.component in ("ray-head", "ray-worker", "collector"):
                 assert {"secretRef": {"name": "catalog-embed-store", "optional": True}} in container["envFrom"], pod.where
             else:
                 assert "envFrom" not in container, pod.where
@@ -226,7 +226,7 @@ def test_gpu_nodes_come_when_actors_ask_and_may_be_spot() -> None:
 
 
 def test_deadlines_end_from_the_inside_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    (cron,) = infra.of_kind("CronJob").values()
+    cron = infra.nightly()
     outer = cron["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"]
     for where, job in infra.ray_jobs().items():
         spec = job["spec"]
@@ -240,7 +240,7 @@ def test_deadlines_end_from_the_inside_out(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_cron_job_forbids_overlap_and_does_not_repeat_a_failed_night() -> None:
-    (cron,) = infra.of_kind("CronJob").values()
+    cron = infra.nightly()
     spec = cron["spec"]
     assert spec["concurrencyPolicy"] == "Forbid"
     assert spec["startingDeadlineSeconds"] > 100, "below, a controller that looks every ten seconds may miss the tick"
@@ -248,6 +248,20 @@ def test_the_cron_job_forbids_overlap_and_does_not_repeat_a_failed_night() -> No
     rules = spec["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
     assert rules[0]["action"] == "FailJob"
     assert rules[0]["onExitCodes"]["values"] == [1, 2]
+
+
+def test_the_collection_may_delete_alone_and_never_overlaps() -> None:
+    (gc,) = (item for where, item in infra.of_kind("CronJob").items() if where.startswith("gc/"))
+    assert gc["spec"]["concurrencyPolicy"] == "Forbid"
+    pod = gc["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    accounts = {
+        where: other.spec["serviceAccountName"] for other in infra.pods() for where in [other.where] if "serviceAccountName" in other.spec
+    }
+    assert [where for where, account in accounts.items() if account == pod["serviceAccountName"]] == [
+        "gc/gc.yaml: CronJob catalog-embed-gc"
+    ]
+    context = infra.parse(pod["containers"][0]["args"])
+    assert (context.info_name, context.params["apply_it"]) == ("gc", True)
 
 
 def test_commands_of_the_manifests_parse() -> None:

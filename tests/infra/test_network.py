@@ -49,7 +49,7 @@ def test_network_policies_open_what_a_run_needs_and_no_more() -> None:
     ]
     assert deny["spec"]["policyTypes"] == ["Ingress", "Egress"]
     components = {pod.component for pod in infra.pods()}
-    assert components == {"starter", "submitter", "ray-head", "ray-worker"}
+    assert components == {"collector", "starter", "submitter", "ray-head", "ray-worker"}
     opened = {(source, target): ports_open(source, target) for source in {*components, "kuberay-operator"} for target in components}
     assert {pair: ports for pair, ports in opened.items() if ports} == {
         ("ray-head", "ray-head"): {"any"},
@@ -86,4 +86,5 @@ def test_other_namespaces_are_met_for_names_and_metrics_only() -> None:
         ("catalog-embed-dns", "egress", "kube-system", 53),
         *(("catalog-embed-prometheus", "ingress", "monitoring", port) for port in (8080, 44217, 44227)),
         ("catalog-embed-pushgateway", "egress", "monitoring", 9091),
+        ("catalog-embed-collector", "egress", "monitoring", 9091),
     }
