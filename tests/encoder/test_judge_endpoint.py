@@ -217,7 +217,8 @@ def test_busy_endpoint_is_asked_again(endpoint: Endpoint, status: int) -> None:
     assert (judge.requests, judge.retries) == (3, 2)
 
 
-@pytest.mark.parametrize("after", ["1", formatdate(time.time() + 3600, usegmt=True), "soon"])
+# Named, because workers that collect a second apart must agree on the tests there are.
+@pytest.mark.parametrize("after", ["1", formatdate(time.time() + 3600, usegmt=True), "soon"], ids=["seconds", "date", "words"])
 def test_retry_after_is_honoured_as_far_as_the_longest_wait(endpoint: Endpoint, after: str) -> None:
     endpoint.script = lambda number, body: (429, {"Retry-After": after}, b"") if number == 0 else honest(body)
     began = time.monotonic()
