@@ -17,13 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipelines.errors import InputError
+from pipelines.errors import ClusterError, InputError
 
 # Shared memory for blocks in flight. Ray's default is a third of the machine.
 _LOCAL_OBJECT_STORE_BYTES = 512 << 20
 _REACH_S = 5.0
 _ANSWER_S = 120.0
-_START = "Use `--ray-address local`, or start the cluster first."
+_START = (
+    "Use `--ray-address local`, or start the cluster first; one that wants a token wants RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here, too."
+)
 _SAME = "Install the same version everywhere, or submit the command with `--ray-address http://host:8265`, which brings its code along."
 # What a job that is submitted brings along.
 PACKAGES = ("encoder", "pipelines", "jobs")
@@ -56,7 +58,7 @@ def connected(address: str, *, verbose: bool = False, insecure: bool = False, wa
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ended)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot reach Ray at `{address}`: {error}. {_START}") from error
+        raise ClusterError(f"cannot reach Ray at `{address}`: {error}. {_START}") from error
     try:
         _quieten(verbose=verbose)
         _set_limits()
@@ -126,7 +128,7 @@ def _check_reachable(address: str, *, insecure: bool) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
     except OSError as error:
-        raise InputError(f"cannot reach Ray at `{address}`: {error}. {_START}") from error
+        raise ClusterError(f"cannot reach Ray at `{address}`: {error}. {_START}") from error
 
 
 def _set_limits() -> None:
@@ -158,7 +160,7 @@ def _check_code() -> None:
             ]
     done, late = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S)
     if late:
-        raise InputError(f"the Ray node {asked[late[0]]} did not start a worker in {_ANSWER_S:g} s. Look at its log.")
+        raise ClusterError(f"the Ray node {asked[late[0]]} did not start a worker in {_ANSWER_S:g} s. Look at its log.")
     for reference in done:
         try:
             there = ray.get(reference)

@@ -46,8 +46,16 @@ class Overlay:
     variables: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if self.image is not None and not _IMAGE.fullmatch(self.image):
-            raise InputError(f"--image {self.image!r} is no image. Write registry.example.com/catalog-embed:0.1.0, or name@sha256:DIGEST.")
+        found = _IMAGE.fullmatch(self.image) if self.image is not None else None
+        if self.image is not None and not (found and (found["tag"] or found["digest"])):
+            raise InputError(
+                f"--image {self.image!r} is no image with a tag or a digest, so every pod could get another. Write registry.example.com/catalog-embed:0.1.0, or name@sha256:DIGEST."
+            )
+        if (self.namespace or "").startswith("kube-") or self.namespace == "default":
+            raise InputError(
+                f"--namespace {self.namespace}: the manifests take a whole namespace over (Pod Security, nothing may speak to anything), "
+                "so it must be the project's own. Name a new one, such as catalog-embed."
+            )
         if self.namespace is not None and not _NAMESPACE.fullmatch(self.namespace):
             raise InputError(f"--namespace {self.namespace!r} is no namespace: small letters, digits and dashes, 63 at most.")
 

@@ -25,6 +25,7 @@ from pipelines.publish import LogEntry, current, history, publish, read_manifest
 from pipelines.retention import GcPlan, Pin, Removed, RetentionOptions, TableSweep, apply_gc, pin, pins, plan_gc, unpin
 from pipelines.stores import lance
 from pipelines.telemetry import Recorder
+from pipelines.turns import BACKFILL, WRITING
 
 
 def validate(settings: Settings, generation: str | None) -> tuple[str, tuple[Gate, ...]]:
@@ -137,11 +138,11 @@ def let_go(settings: Settings, generation: str) -> bool:
     return there
 
 
-def end_lease(settings: Settings, *, tower: Path | None = None) -> LeaseEntry | None:
-    """Take the lease from a run that is dead or must not publish, and leave it free; return who had it."""
+def end_lease(settings: Settings, *, tower: Path | None = None, ahead: bool = False) -> LeaseEntry | None:
+    """Take the lease from a run that is dead or must not publish, or from a backfill that embeds ahead; return who had it."""
     if "://" not in settings.store.root and not Path(settings.store.root).exists():
         return None
-    name = lease_name(fingerprint_of(settings, tower))
+    name = lease_name(fingerprint_of(settings, tower), BACKFILL if ahead else WRITING)
     return break_lease(open_store(settings), name, run_id=new_run_id(_now()), clock=_now)
 
 

@@ -35,7 +35,7 @@ CRON_WAIT = "1h"
 Scheduler = Literal["kuberay", "cron", "airflow", "dagster"]
 
 _FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day of the month", 1, 31), ("month", 1, 12), ("day of the week", 0, 6))
-_ITEM = re.compile(r"(?:\*|(\d{1,2})(?:-(\d{1,2}))?)(?:/(\d{1,2}))?")
+_ITEM = re.compile(r"(?:\*|([0-9]{1,2})(?:-([0-9]{1,2}))?)(?:/([0-9]{1,2}))?")
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 _OVERRIDE = re.compile(r"environment (CATALOG_EMBED_\w+)")
 _PLACEHOLDER = re.compile(r'"\$(\w+)"')
@@ -89,7 +89,7 @@ def check_cron(at: str) -> None:
     """Refuse what one of the four schedulers would read in another way, or not at all."""
     parts = at.split()
     if len(parts) != len(_FIELDS) or "\n" in at:
-        raise InputError(f"--at {at!r} has {len(parts)} fields, not five: minute, hour, day, month, day of the week, such as `0 2 * * *`.")
+        raise InputError(f"--at {at!r} is not five fields in one line: minute, hour, day, month, day of the week, such as `0 2 * * *`.")
     for part, (name, least, most) in zip(parts, _FIELDS, strict=True):
         for item in part.split(","):
             found = _ITEM.fullmatch(item)

@@ -26,15 +26,18 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster import PACKAGES, check_secure, host_of, is_loopback
-from jobs.config import FILE_NAME, Layer
+from jobs.config import FILE_NAME, Layer, described
 from jobs.logs import event
-from pipelines.errors import CatalogEmbedError, InputError
+from jobs.settings import SECTIONS
+from pipelines.errors import CatalogEmbedError, ClusterError, InputError
 
 INTERRUPTED = 14
 
 _PREFIX = "catalog-embed-"
 # Begins the lines of the job's stdout, which Ray's log has in one stream with its stderr.
 _MARK = "\x1e"
+# Begins the line with the exit code of the command, which a job that was stopped and ended by itself tells nowhere else.
+_CODE = "\x1d"
 _LOOK_EVERY_S = 1.0
 # A head that is busy, or a port-forward that is made anew, answers late.
 _SILENCE_S = 120.0
@@ -69,6 +72,8 @@ class Command:
 
 def submit(address: str, command: Command, *, insecure: bool) -> int:
     """Run a command on the cluster behind an address of its dashboard; return the exit code that the command had there."""
+    if "@" in address:
+        raise InputError("the address of the cluster holds credentials. Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN instead.")
     check_secure(address, insecure=insecure)
     if not is_loopback(host_of(address)):
         event("submit.places", address=address, advice="the catalog, the store and the tower must be where all nodes see them")
@@ -95,8 +100,13 @@ def submit(address: str, command: Command, *, insecure: bool) -> int:
 def entrypoint(command: Command) -> str:
     """Return what the shell of the cluster runs. The folder it starts in comes first on Python's path, before an installed copy."""
     words = ["python", "-m", "jobs.cli", *command.front, "-c", FILE_NAME, command.name, *command.arguments]
-    # Results come last, and marked, so that the reader of the one log can give them to its own stdout.
-    return f"out=$(mktemp); {shlex.join(words)} > $out; code=$?; sed 's/^/{_MARK}/' $out; rm -f $out; exit $code"
+    found = "python -c 'import importlib.util as u, sys; sys.exit(u.find_spec(\"ray\") is None)'"
+    advice = "error: the python on the PATH of the Ray head has no ray. Start ray with the bin folder of its own environment on the PATH."
+    # Results come last, and marked, so that the reader of the one log can give them to its own stdout; then the exit code.
+    return (
+        f"{found} || {{ echo {shlex.quote(advice)} >&2; exit 1; }}; out=$(mktemp); {shlex.join(words)} > $out; code=$?; "
+        f"sed 's/^/{_MARK}/' $out; rm -f $out; printf '{_CODE}%s\\n' $code; exit $code"
+    )
 
 
 def variables(command: Command) -> Mapping[str, str]:
@@ -113,10 +123,13 @@ def variables(command: Command) -> Mapping[str, str]:
             continue
         found[_variable(key)] = json.dumps(str((command.config.parent / written).resolve()))
     for key, value in command.layer.items():
-        if value.origin.startswith("environment") and key not in _PLACES:
-            event(
-                "submit.stays", level="warning", variable=_variable(key), advice="set it on the cluster, or write it into the configuration"
-            )
+        if not value.origin.startswith("environment") or key in _PLACES:
+            continue
+        if any("****" in shown for _, shown, _ in described({key: value}, SECTIONS)):
+            advice = "it is a secret: set it on the cluster, or write `${NAME}` into the configuration"
+            event("submit.stays", level="warning", variable=_variable(key), advice=advice)
+        else:
+            found[_variable(key)] = json.dumps(value.written)
     return found
 
 
@@ -178,17 +191,18 @@ def _asked(address: str, ask: Callable[[], Any]) -> Any:
             "RAY_AUTH_TOKEN_PATH to the token of the cluster; on Kubernetes it is in the cluster's Secret, under auth_token."
         ) from None
     except (ConnectionError, OSError, requests.exceptions.RequestException) as error:
-        raise InputError(
+        raise ClusterError(
             f"cannot reach the Jobs API at `{address}`: {type(error).__name__}. Give the address of the dashboard, such as http://host:8265, "
             "and open a port-forward where it is not reachable from here."
         ) from error
     except RuntimeError as error:
-        raise CatalogEmbedError(f"the cluster at `{address}` did not take the job: {str(error).strip().splitlines()[-1][:300]}.") from error
+        raise ClusterError(f"the cluster at `{address}` did not take the job: {str(error).strip().splitlines()[-1][:300]}.") from error
 
 
 def _follow(address: str, client: Any, submission: str, interrupts: Sequence[int]) -> int:
     """Show the job's output as it comes, and return its exit code. Ctrl-C stops the job, a second one only this process."""
-    reader = threading.Thread(target=_show, args=(client, submission), daemon=True)
+    told: list[int] = []
+    reader = threading.Thread(target=_show, args=(client, submission, told), daemon=True)
     reader.start()
     stopped, heard = False, time.monotonic()
     while True:
@@ -211,11 +225,13 @@ def _follow(address: str, client: Any, submission: str, interrupts: Sequence[int
             return INTERRUPTED
         time.sleep(_LOOK_EVERY_S)
     reader.join(timeout=_LOOK_EVERY_S * 10)
+    if told:
+        return told[-1]
     if stopped:
         return INTERRUPTED
     if info.driver_exit_code is None:
-        told = str(info.message)[:300]
-        raise CatalogEmbedError(f"the job {submission} ended without an exit code: {told}. Look at its log in Ray's dashboard.")
+        why = str(info.message)[:300]
+        raise CatalogEmbedError(f"the job {submission} ended without an exit code: {why}. Look at its log in Ray's dashboard.")
     return int(info.driver_exit_code)
 
 
@@ -231,15 +247,18 @@ def _interrupts() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _show(client: Any, submission: str) -> None:
-    """Write the job's results to stdout and the rest of its log to stderr, a line at a time."""
+def _show(client: Any, submission: str, told: list[int]) -> None:
+    """Write the job's results to stdout and the rest of its log to stderr, a line at a time; keep the exit code that it tells."""
 
     async def tail() -> None:
         rest = ""
         async for chunk in client.tail_job_logs(submission):
             *lines, rest = (rest + chunk).split("\n")
             for line in lines:
-                _write(line + "\n")
+                if line.startswith(_CODE) and line[1:].isdecimal():
+                    told.append(int(line[1:]))
+                else:
+                    _write(line + "\n")
         _write(rest)
 
     try:

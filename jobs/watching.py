@@ -140,7 +140,7 @@ def _the_one(given: str | None, found: list[str], one: str, many: str) -> str:
     shown = ", ".join(found) or "none"
     named = f"{given[:60]!r} is not among them" if given is not None else "name one" if found else "so there is nothing to do"
     raise InputError(
-        f"{len(found)} {one if len(found) == 1 else many} ({shown}); {named}. A run that publishes is not paused: end it with Ctrl-C, and start it again."
+        f"{len(found)} {one if len(found) == 1 else many} ({shown}); {named}. Only backfills are paused; a run that publishes is ended with Ctrl-C, and started again."
     )
 
 

@@ -64,6 +64,10 @@ class LeaseHeld(CatalogEmbedError):
     exit_code = 11
 
 
+class ClusterError(CatalogEmbedError):
+    """The Ray cluster cannot be reached now, or does not take the work: try again when it stands."""
+
+
 class EmbedError(CatalogEmbedError):
     """The embed stage failed as a whole."""
 

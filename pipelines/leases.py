@@ -272,9 +272,10 @@ def _create(store: Store, name: str, entry: LeaseEntry, skew: timedelta) -> None
 
 def _held(name: str, head: LeaseEntry, skew: timedelta) -> LeaseHeld:
     ends = head.until + skew
+    command = "backfill" if name.startswith("backfill-") else "run"
     return LeaseHeld(
         f"lease `{name}` is held by run {head.run_id} ({head.holder}) since {_shown(head.acquired_at)}. Wait for that run to finish; "
-        f"if it is dead, the lease expires at {_shown(ends)}, or end it now with `catalog-embed run --break-lease`."
+        f"if it is dead, the lease expires at {_shown(ends)}, or end it now with `catalog-embed {command} --break-lease`."
     )
 
 

@@ -47,7 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _end_as_interrupted() -> None:
     """Let SIGTERM, which is how schedulers stop a job, end a run as Ctrl-C does: recorded, with its lease released."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """End as Ctrl-C does. Not by raising SIGINT: who was started in the background of a script ignores it."""
+    raise KeyboardInterrupt
 
 
 def _told(error: Exception, *, show_traceback: bool) -> int:

@@ -273,7 +273,7 @@ def backfill(
     if dry_run:
         _only_plan(settings, night, output)
     if break_lease:
-        _break_lease(settings, yes=yes, tower=tower)
+        _break_lease(settings, yes=yes, tower=tower, ahead=True)
     with _watched(obj, progress) as listeners:
         record = run_backfill(settings, _with(night, listeners))
     if choice.ids and record.ran is not None and (absent := len(set(choice.ids)) - record.ran.plan.actions.changed) > 0:
@@ -292,13 +292,13 @@ def _only_plan(settings: Any, night: Any, output: str) -> NoReturn:
         sys.exit(plan.exit_code)
 
 
-def _break_lease(settings: Any, *, yes: bool, tower: Path | None = None) -> None:
+def _break_lease(settings: Any, *, yes: bool, tower: Path | None = None, ahead: bool = False) -> None:
     """End a lease that another run holds."""
     from jobs.releasing import end_lease
 
     if asked(yes=yes):
         confirm("End the lease? A run that still holds it can then not publish.")
-    entry = end_lease(settings, tower=tower)
+    entry = end_lease(settings, tower=tower, ahead=ahead)
     click.echo(f"ended the lease of run {entry.run_id} ({entry.holder})" if entry else "no run held the lease", err=True)
 
 

@@ -63,10 +63,12 @@ def test_the_launcher_s_own_schema_refuses_a_broken_file(broken: str) -> None:
 
 def test_every_process_asks_for_the_token_and_the_dashboard_stays_on_its_machine() -> None:
     found = config()
-    options = found["docker"]["run_options"]
-    assert "--env RAY_AUTH_MODE=token" in options
-    (path,) = [item.partition("RAY_AUTH_TOKEN_PATH=")[2] for item in options if "RAY_AUTH_TOKEN_PATH=" in item]
-    assert path in found["file_mounts"]
+    starts = [line for name in ("head_start_ray_commands", "worker_start_ray_commands") for line in found[name] if "ray start" in line]
+    assert len(starts) == 2
+    for line in starts:
+        assert "export PATH=~/catalog-embed/bin:$PATH RAY_AUTH_MODE=token; ray start" in line
+    assert "~/.ray/auth_token" in found["file_mounts"], "where Ray looks for a token by itself"
+    assert "chmod 600 ~/.ray/auth_token" in found["setup_commands"]
     (head,) = [line for line in found["head_start_ray_commands"] if "ray start" in line]
     assert "--dashboard-host=127.0.0.1" in head
     assert found["provider"]["use_internal_ips"] is True

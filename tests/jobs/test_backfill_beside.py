@@ -155,7 +155,7 @@ def test_only_a_backfill_is_paused_and_only_a_paused_one_resumed(shop: Shop) -> 
         pause_backfill(shop.store, None, reason="")
     with (
         holding(shop, "tower-x", "the-night"),
-        pytest.raises(InputError, match=r"'the-night' is not among them. A run that publishes is not paused"),
+        pytest.raises(InputError, match=r"'the-night' is not among them. Only backfills are paused"),
     ):
         pause_backfill(shop.store, "the-night", reason="")
     with holding(shop, "backfill-x", "one"), holding(shop, "backfill-y", "two"):

@@ -438,3 +438,19 @@ def test_the_driver_does_not_grow_with_the_catalog(run: Run, tmp_path: Path) -> 
     assert (small, large) == counts
     # The 240,000 products more are 135 MB in Arrow; the join keeps to 64 MB, and Arrow and DuckDB to pools of their own.
     assert after_mb - before_mb < 115, (before_mb, after_mb)
+
+
+def test_sigterm_ends_a_command_that_was_started_with_ctrl_c_ignored() -> None:
+    """As everything is that a script starts in its background."""
+    program = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from jobs.cli import _end_as_interrupted\n"
+        "_end_as_interrupted()\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    signal.pause()\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(14)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=30, check=False).returncode == 14

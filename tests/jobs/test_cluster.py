@@ -8,12 +8,12 @@ import pytest
 
 from jobs.cluster import _check_reachable, check_secure, connected
 from jobs.sections import Cluster, Embedding
-from pipelines.errors import InputError
+from pipelines.errors import ClusterError, InputError
 
 
 def test_an_address_where_nobody_listens_fails_in_seconds() -> None:
     begin = time.monotonic()
-    with pytest.raises(InputError, match="--ray-address local"):
+    with pytest.raises(ClusterError, match="--ray-address local"):
         _check_reachable("127.0.0.1:1", insecure=False)
     assert time.monotonic() - begin < 6
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -43,13 +44,19 @@ def test_relative_places_become_those_of_this_machine_and_addresses_stay(tmp_pat
     assert not [name for name in variables(command_of(tmp_path / "c.yaml", written(store__root="s3://b/index"))) if "STORE" in name]
 
 
-def test_variables_of_this_machine_stay_but_for_places(tmp_path: Path) -> None:
+def test_settings_of_the_environment_travel_but_for_secrets(tmp_path: Path) -> None:
     layer = {
         "store.root": Value(raw="s3://b/x", written="s3://b/x", origin="environment CATALOG_EMBED_STORE__ROOT"),
+        "publish.alias": Value(raw="test", written="test", origin="environment CATALOG_EMBED_PUBLISH__ALIAS"),
+        "source.completeness": Value(
+            raw={"max_age": "1h"}, written={"max_age": "1h"}, origin="environment CATALOG_EMBED_SOURCE__COMPLETENESS"
+        ),
         "store.options": Value(raw={"secret": CANARY}, written={"secret": CANARY}, origin="environment CATALOG_EMBED_STORE__OPTIONS"),
     }
     found = variables(command_of(tmp_path / "c.yaml", layer))
     assert found["CATALOG_EMBED_STORE__ROOT"] == '"s3://b/x"'
+    assert found["CATALOG_EMBED_PUBLISH__ALIAS"] == '"test"', "a run that was to publish elsewhere must not publish to prod"
+    assert json.loads(found["CATALOG_EMBED_SOURCE__COMPLETENESS"]) == {"max_age": "1h"}
     assert CANARY not in str(found)
 
 
@@ -67,9 +74,14 @@ def test_arguments_reach_the_command_as_they_are() -> None:
     command = command_of(Path("c.yaml"), {}, name="backfill", arguments=words)
     shown = f"{sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
     script = entrypoint(command).replace("python -m jobs.cli", shown)
-    out = subprocess.run(["sh", "-c", script], check=False, capture_output=True, text=True).stdout
-    assert out.startswith("\x1e")
-    assert json.loads(out[1:]) == ["-c", "catalog-embed.yaml", "backfill", *words]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    out = subprocess.run(["sh", "-c", script], check=False, capture_output=True, text=True, env={"PATH": path}).stdout
+    result, code, _ = out.split("\n")
+    assert json.loads(result.removeprefix("\x1e")) == ["-c", "catalog-embed.yaml", "backfill", *words]
+    assert code == "\x1d0", "a job that was stopped as it ended tells its exit code nowhere else"
+    nowhere = subprocess.run(["sh", "-c", entrypoint(command)], check=False, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert nowhere.returncode == 1
+    assert "the python on the PATH of the Ray head has no ray" in nowhere.stderr
 
 
 def test_code_version_and_files_travel_and_the_configuration_is_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +169,7 @@ def test_without_the_token_nothing_is_submitted(cluster: Loopback, tmp_path: Pat
 def test_a_dashboard_that_is_not_there_is_said_in_seconds(cluster: Loopback, tmp_path: Path) -> None:
     config = make_shop(tmp_path / "shop", products=5)
     code, _, err = cluster.command(config, "plan", "--ray-address", f"http://127.0.0.1:{free_port()}")
-    assert code == 2
+    assert code == 1
     assert "cannot reach the Jobs API" in err
 
 
