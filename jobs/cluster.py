@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -73,12 +74,16 @@ def connected(address: str, *, verbose: bool = False, insecure: bool = False, wa
 
 @contextmanager
 def natives_silenced() -> Iterator[None]:
-    """Keep lines that C++ code writes to stderr itself off the screen while the block runs; Python's own stay."""
+    """Keep lines that C++ code writes to stderr itself off the screen while the block runs; Python's own stay.
+
+    They go to a file that is removed at the end: where native code ends the process, its last words are left there.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
     before = sys.stderr
-    with Path(os.devnull).open("wb") as nowhere, os.fdopen(os.dup(kept), "w", buffering=1, errors="backslashreplace") as stream:
-        os.dup2(nowhere.fileno(), 2)
+    said, name = tempfile.mkstemp(prefix="catalog-embed-native-", suffix=".log")
+    with os.fdopen(said, "wb") as file, os.fdopen(os.dup(kept), "w", buffering=1, errors="backslashreplace") as stream:
+        os.dup2(file.fileno(), 2)
         sys.stderr = stream
         try:
             yield
@@ -86,6 +91,7 @@ def natives_silenced() -> Iterator[None]:
             sys.stderr = before
             os.dup2(kept, 2)
             os.close(kept)
+            Path(name).unlink(missing_ok=True)
 
 
 def check_secure(address: str, *, insecure: bool) -> None:

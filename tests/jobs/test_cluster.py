@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +86,20 @@ def test_no_limit_of_ray_data_ends_a_run_that_waits_and_no_block_fails_in_silenc
 
     context = DataContext.get_current()
     assert (context.execution_no_progress_timeout_s, context.wait_for_min_actors_s, context.max_errored_blocks) == (-1, -1, 0)
+
+
+@pytest.mark.parametrize("end", ["", "os._exit(2)"])
+def test_native_lines_stay_off_the_screen_and_are_left_where_native_code_ends_the_process(tmp_path: Path, end: str) -> None:
+    program = (
+        "import os, sys\n"
+        "from jobs.cluster import natives_silenced\n"
+        "with natives_silenced():\n"
+        "    os.write(2, b'last words of a library\\n')\n"
+        "    print('ours', file=sys.stderr)\n"
+        f"    {end or 'pass'}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == "ours\n"
+    assert [path.read_text() for path in tmp_path.glob("catalog-embed-native-*.log")] == (["last words of a library\n"] if end else [])
