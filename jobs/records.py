@@ -206,7 +206,11 @@ def open_record(settings: Settings, *, command: str, listeners: Sequence[Listene
     store = Store.open(settings.store.root, options=settings.store.options)
     with tempfile.TemporaryDirectory(prefix="catalog-embed-") as folder:
         events = Path(folder) / "events.jsonl"
-        recorder = Recorder(run_id, path=events, listeners=[LogLines(), beacon_of(settings, run_id, command), *listeners])
+        recorder = Recorder(
+            run_id,
+            path=events,
+            listeners=[LogLines(), Beacon(settings.store.root, settings.store.options, run_id=run_id, command=command), *listeners],
+        )
         record = Record(store, settings, command=command, recorder=recorder, run_id=run_id, now=now)
         try:
             yield record
@@ -221,11 +225,6 @@ def open_record(settings: Settings, *, command: str, listeners: Sequence[Listene
             raise
         finally:
             record.close(events)
-
-
-def beacon_of(settings: Settings, run_id: str, command: str) -> Beacon:
-    """Return who tells other terminals how far the run is."""
-    return Beacon(Store.open(settings.store.root, options=settings.store.options), run_id, command=command)
 
 
 def all_runs(store: Store) -> Mapping[str, RunFacts | None]:

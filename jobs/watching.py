@@ -33,8 +33,9 @@ _MAX_BYTES = 64 * 1024
 class Beacon:
     """A listener that writes how far its run is into the store."""
 
-    def __init__(self, store: Store, run_id: str, *, command: str) -> None:
-        self._store, self._key = store, f"runs/{run_id}/progress.json"
+    def __init__(self, root: str, options: Mapping[str, str], *, run_id: str, command: str) -> None:
+        # A store of its own: the fail points of a test count what the run itself writes.
+        self._store, self._key = Store.open(root, options=options), f"runs/{run_id}/progress.json"
         self._said: dict[str, Any] = {"command": command}
         self._written_s = -WRITE_EVERY_S
 

@@ -209,6 +209,7 @@ def apply(
     "--reason",
     default=None,
     metavar="WHY",
+    shell_complete=lambda _, __, begun: [word for word in ("missing", "failed", "all") if word.startswith(begun)],
     help="missing: in the catalog and not in the index. failed: those of them that a run has quarantined; or for one reason, such as embed_killed. all: everything, again.",
 )
 @click.option(

@@ -213,7 +213,7 @@ def test_a_run_waits_for_a_lease_as_long_as_it_is_told_to(shop: Shop) -> None:
 
 def test_status_watches_the_runs_of_other_processes_until_none_works(shop: Shop, capfd: pytest.CaptureFixture[str]) -> None:
     lease = acquire(shop.store, "backfill-x", run_id="the-backfill", ttl=timedelta(minutes=5), clock=now)
-    beacon = Beacon(shop.store, "the-backfill", command="backfill")
+    beacon = Beacon(shop.store.root, {}, run_id="the-backfill", command="backfill")
     beacon.on_progress(Progress(number=1, stage="embed", unit="row", state="began", time=now(), rows=250, total=1000, rows_per_s=12.5))
     threading.Timer(1.5, lease.release).start()
     ended = commands(capfd, shop.config)("status", "--watch", "--every", 0.3)
