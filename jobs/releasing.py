@@ -18,14 +18,13 @@ from pipelines.gates import Gate, judge
 from pipelines.generation import lease_name
 from pipelines.heads import recall_of
 from pipelines.index.segments import segments_of
-from pipelines.leases import LeaseEntry, break_lease
+from pipelines.leases import BACKFILL, WRITING, LeaseEntry, break_lease
 from pipelines.manifest import check_generation
 from pipelines.probes import Candidate, measure
 from pipelines.publish import LogEntry, current, history, publish, read_manifest, rollback
 from pipelines.retention import GcPlan, Pin, Removed, RetentionOptions, TableSweep, apply_gc, pin, pins, plan_gc, unpin
 from pipelines.stores import lance
 from pipelines.telemetry import Recorder
-from pipelines.turns import BACKFILL, WRITING
 
 
 def validate(settings: Settings, generation: str | None) -> tuple[str, tuple[Gate, ...]]:

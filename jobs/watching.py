@@ -17,11 +17,11 @@ from typing import Any
 
 from pipelines.errors import CatalogEmbedError, InputError
 from pipelines.layout import duration, printable
-from pipelines.leases import live_leases
+from pipelines.leases import BACKFILL, WRITING, live_leases
 from pipelines.manifest import FORMAT_VERSION, canonical
 from pipelines.storage import Store
 from pipelines.telemetry import Event, Progress
-from pipelines.turns import BACKFILL, WRITING, pause, paused, resume
+from pipelines.turns import pause, paused, resume
 
 # A put to a bucket takes some 50 ms; nobody looks more often.
 WRITE_EVERY_S = 5.0

@@ -12,7 +12,7 @@ from encoder.registry import TowerCard, TowerOptions
 from pipelines.diff.engine import DiffOptions
 from pipelines.index.triggers import RefreshOptions
 from pipelines.manifest import Manifest, ManifestObject
-from pipelines.pool import Tokenize
+from pipelines.pool import PoolOptions
 from pipelines.prepare import Preparer
 from pipelines.schema import ProductSchema, table_schema
 from pipelines.storage import Store
@@ -39,19 +39,13 @@ class Space:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedOptions:
-    """How many actors embed, what each may use, and who tokenises."""
+class EmbedOptions(PoolOptions):
+    """Which actors embed, how large a part is, and how texts are packed."""
 
     part_rows: int | None = None
-    actors: int | None = None
-    at_most: int | None = None
-    gpus_per_actor: float | None = None
     token_budget: int | None = None
-    threads: int | None = None
     lanes: int | None = None
-    tokenize: Tokenize = "auto"
-    # Named resources of each actor; and how long to wait for room on a cluster that may grow, None where it cannot.
-    resources: Mapping[str, float] = field(default_factory=dict)
+    # How long to wait for room on a cluster that may grow, None where it cannot.
     wait_s: float | None = None
 
 

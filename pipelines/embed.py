@@ -12,7 +12,7 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from math import ceil
 from typing import Any
 
@@ -120,8 +120,8 @@ def _in_turns(
 def _embed(waiting: Sequence[Any], rows: int, maker: Maker, job: EmbedJob, patience: Patience | None) -> Iterator[tuple[int, bytes]]:
     """Run parts through readers, actors and writers; yield the number of each and what became of it."""
     limit = max(_MOST_FAILED_ROWS, ceil(_MOST_FAILED_RATIO * rows))
-    asked = {name: getattr(job, name) for name in ("actors", "at_most", "gpus_per_actor", "threads", "tokenize", "resources")}
-    options = PoolOptions(**asked, growing=patience is not None)
+    asked = {item.name: getattr(job, item.name) for item in fields(PoolOptions)}
+    options = PoolOptions(**asked | {"growing": patience is not None})
     plan = fitted_pool(options, parts=len(waiting), patience=patience)
     bare = replace(job, shards=())
     tokenizer = ray.remote(max_retries=_RETRIES)(make_tokenizer).remote(bare) if plan.ahead else None

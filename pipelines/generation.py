@@ -25,7 +25,7 @@ from pipelines.gates import GATE_FAILED, Gate, GateLimits, Measured, Waiver, fai
 from pipelines.heads import recall_of, take_generation
 from pipelines.index.triggers import RefreshOptions, candidates
 from pipelines.index.update import NextIndex
-from pipelines.leases import Lease, held
+from pipelines.leases import BACKFILL, WRITING, Lease, held
 from pipelines.manifest import Manifest, ManifestObject, canonical
 from pipelines.plan import QUARANTINE_FULL, Guard, Plan
 from pipelines.planned_rows import fetch
@@ -37,7 +37,7 @@ from pipelines.schema import ACTION, ID, ID_HASH, REASON, TEXT
 from pipelines.storage import Store
 from pipelines.stores.parquet import write_rows
 from pipelines.telemetry import Recorder
-from pipelines.turns import BACKFILL, WRITING, Turn
+from pipelines.turns import Turn
 from pipelines.work import deal, embed
 
 Outcome = Literal["published", "built", "nothing", "gates_failed", "guarded"]

@@ -31,6 +31,9 @@ Clock = Callable[[], datetime]
 CLOCK_SKEW = timedelta(minutes=5)
 MAX_LEASE_BYTES = 64 * 1024
 
+# Leases under these names are of a space that is being written, and of a backfill that embeds ahead of it.
+WRITING, BACKFILL = "tower-", "backfill-"
+
 _KEPT_ENTRIES = 8
 _TRY_EVERY_S, _TELL_EVERY_S = 2.0, 30.0
 READERS = "readers"
@@ -272,7 +275,7 @@ def _create(store: Store, name: str, entry: LeaseEntry, skew: timedelta) -> None
 
 def _held(name: str, head: LeaseEntry, skew: timedelta) -> LeaseHeld:
     ends = head.until + skew
-    command = "backfill" if name.startswith("backfill-") else "run"
+    command = "backfill" if name.startswith(BACKFILL) else "run"
     return LeaseHeld(
         f"lease `{name}` is held by run {head.run_id} ({head.holder}) since {_shown(head.acquired_at)}. Wait for that run to finish; "
         f"if it is dead, the lease expires at {_shown(ends)}, or end it now with `catalog-embed {command} --break-lease`."

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -27,7 +27,7 @@ from pipelines.errors import InputError
 from pipelines.manifest import ManifestObject
 from pipelines.parts import PartDone, PartLog, PartWork, copied, distinct, from_ipc, ipc, with_vectors, without_vectors
 from pipelines.planned_rows import fetch
-from pipelines.pool import Pool, Tokenize
+from pipelines.pool import Pool, PoolOptions, Tokenize
 from pipelines.prepare import Preparer
 from pipelines.schema import ACTION, ID, ID_HASH, QUARANTINE, ROW, SHARD, TEXT_HASH, VECTOR, VECTOR_TYPES
 from pipelines.storage import Store
@@ -45,8 +45,8 @@ _TOKENIZERS: dict[str, Tokenizer] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedJob:
-    """What all parts of a run share. What is None from `actors` on follows the cluster, or the encoder's own choice.
+class EmbedJob(PoolOptions):
+    """What all parts of a run share. What is None follows the cluster, or the encoder's own choice.
 
     `tokenize` says who makes ids of texts: the tasks that read them, `ahead`, or the `actor`; `auto` is ahead of GPUs.
     """
@@ -60,14 +60,8 @@ class EmbedJob:
     fingerprint: str
     dims: int
     vector: str
-    actors: int | None = None
-    at_most: int | None = None
-    gpus_per_actor: float | None = None
     token_budget: int | None = None
-    threads: int | None = None
     lanes: int | None = None
-    tokenize: Tokenize = "auto"
-    resources: Mapping[str, float] = field(default_factory=dict)
     encoder_factory: Callable[..., Any] = open_encoder
     turn: Turn | None = None
 

@@ -13,12 +13,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.errors import NotFound
-from pipelines.leases import live_leases
+from pipelines.leases import WRITING, live_leases
 from pipelines.manifest import FORMAT_VERSION, canonical, moment, parse, text
 from pipelines.storage import Store
 
-# Leases under these names are of a space that is being written, and of a backfill that embeds ahead of it.
-WRITING, BACKFILL = "tower-", "backfill-"
 LOOK_EVERY_S, TELL_EVERY_S = 2.0, 30.0
 
 _MAX_BYTES = 64 * 1024

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +19,7 @@ from pipelines.embed import EmbedJob, run_parts
 from pipelines.errors import PlanError, SourceMoved
 from pipelines.manifest import Manifest, ManifestObject, TablePin
 from pipelines.parts import PartDone, PartWork
+from pipelines.pool import PoolOptions
 from pipelines.schema import ACTION, ATTR, CHANGES, DELETE, HASH, ID, ID_HASH, QUARANTINE, REASON, ROW, SHARD, TEXT, TEXT_HASH, VECTOR
 from pipelines.storage import Store
 from pipelines.stores import lance
@@ -138,14 +139,9 @@ def _job(build: Build, shards: Sequence[Shard]) -> EmbedJob:
         fingerprint=build.space.card.fingerprint,
         dims=build.space.card.dims,
         vector=build.space.vector,
-        actors=options.actors,
-        at_most=options.at_most,
-        gpus_per_actor=options.gpus_per_actor,
         token_budget=options.token_budget,
-        threads=options.threads,
         lanes=options.lanes,
-        tokenize=options.tokenize,
-        resources=options.resources,
+        **{item.name: getattr(options, item.name) for item in fields(PoolOptions)},
     )
 
 
